@@ -1,0 +1,98 @@
+"""A group as the scheduler keeps it: the members' requests and where they stand."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request, RequestStatus
+
+from ..group import KEY, GroupSpec, member_tags
+
+
+@dataclass(eq=False)
+class Group:
+    """The requests of one formula, scheduled as one.
+
+    Attributes:
+        members: the leader's request, then the followers'.
+        released: the members are in vLLM's queues; otherwise the group waits in the backlog.
+        joint: every member has exactly one token left to compute, so a step can sample them
+            together.  Once true it stays true until the group is preempted: each joint step leaves
+            every member with one token again.
+        late: members of a single token.  vLLM cannot admit a request without computing a token of
+            it, so these are admitted in the first joint step itself.
+    """
+
+    members: list[Request]
+    released: bool = False
+    joint: bool = False
+    late: list[Request] = field(default_factory=list)
+
+    @property
+    def leader(self) -> Request:
+        return self.members[0]
+
+    @property
+    def name(self) -> str:
+        return self.leader.request_id
+
+    def is_ready(self) -> bool:
+        """Whether every member but the late ones runs and has one token left."""
+        return all(
+            m in self.late or (m.status == RequestStatus.RUNNING and remaining(m) == 1)
+            for m in self.members
+        )
+
+
+def remaining(request: Request) -> int:
+    """Tokens of a request that no scheduled step has computed yet."""
+    return (
+        request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+    )
+
+
+def build_group(leader: Request, spec: GroupSpec, max_model_len: int) -> Group:
+    """Turns a formula's request into its group.
+
+    The leader keeps its identity and parameters, except that ``max_tokens`` is clamped so that no
+    member reaches the model's length before it.  Followers compute logits and nothing else: they
+    never stop by themselves, and whatever they sample is replaced by the leader's token.
+    """
+    params = leader.sampling_params
+    assert params is not None
+    tags = member_tags(leader.request_id, spec)
+    longest = max([leader.num_prompt_tokens, *map(len, spec.prompts)])
+    leader.max_tokens = min(leader.max_tokens, max_model_len - longest)
+
+    # The caller's parameters are shared by the children of n > 1: replace, never change.  The
+    # terms' prompts stay behind, workers have no use for them.
+    params = copy.copy(params)
+    params.extra_args = {**(params.extra_args or {}), KEY: tags[0].to_wire()}
+    leader.sampling_params = params
+
+    followers = [
+        Request(
+            request_id=f"{leader.request_id}+{tag.index}",
+            prompt_token_ids=list(prompt),
+            sampling_params=SamplingParams(
+                # One kind of sampling per batch is cheaper than two.
+                temperature=params.temperature,
+                max_tokens=leader.max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                skip_reading_prefix_cache=params.skip_reading_prefix_cache,
+                extra_args={KEY: tag.to_wire()},
+            ),
+            pooling_params=None,
+            client_index=leader.client_index,
+            arrival_time=leader.arrival_time,
+            lora_request=leader.lora_request,
+            cache_salt=leader.cache_salt,
+            priority=leader.priority,
+            block_hasher=leader._block_hasher,
+        )
+        for tag, prompt in zip(tags[1:], spec.prompts, strict=True)
+    ]
+    return Group([leader, *followers])

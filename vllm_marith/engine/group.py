@@ -1,0 +1,91 @@
+"""The plain data of a group, as it travels frontend -> core -> worker.
+
+A *group* is the set of engine requests that serve one formula: one *member* per distinct
+term, where two terms are the same when adapter and prompt token ids are the same.  Member 0
+is the *leader*, the request that the client sees; the others are *followers*.
+
+Both forms below cross process boundaries inside ``SamplingParams.extra_args["marith"]`` and are
+therefore dictionaries of strings, numbers and lists (vLLM encodes them with msgspec).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+KEY = "marith"
+"""The entry of ``SamplingParams.extra_args`` (and of a request's ``vllm_xargs``) that is ours."""
+
+Instruction = tuple[str, int, float]
+"""``(op, member, weight)``, see `vllm_marith.plan`; member -1 is the number one."""
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """frontend -> core: everything the engine core needs to build the followers.
+
+    Attributes:
+        prompts: token ids of each *follower's* prompt, in member order.  The leader's prompt is
+            the request's own, so a group of one member has no prompts here.
+        instructions: the formula's program over member indices.
+        divide: whether the energy is divided by a weight that differs by token.
+    """
+
+    prompts: list[list[int]]
+    instructions: list[Instruction]
+    divide: bool
+
+    @property
+    def size(self) -> int:
+        return 1 + len(self.prompts)
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> GroupSpec:
+        return cls(wire["prompts"], _instructions(wire["instructions"]), wire["divide"])
+
+
+@dataclass(frozen=True)
+class MemberTag:
+    """core -> worker: which member of which group a request is.
+
+    Attributes:
+        group: id of the leader's request; names the group.
+        index: the member's index, 0 for the leader.
+        size: number of members.
+        instructions: the program; empty for followers, whose leader carries it.
+        divide: as in `GroupSpec`.
+    """
+
+    group: str
+    index: int
+    size: int
+    instructions: list[Instruction]
+    divide: bool
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: Mapping[str, Any]) -> MemberTag:
+        return cls(
+            wire["group"],
+            wire["index"],
+            wire["size"],
+            _instructions(wire["instructions"]),
+            wire["divide"],
+        )
+
+
+def member_tags(group: str, spec: GroupSpec) -> list[MemberTag]:
+    """The tags of a group's members; only the leader's carries the program."""
+    leader = MemberTag(group, 0, spec.size, spec.instructions, spec.divide)
+    return [leader, *(MemberTag(group, i, spec.size, [], False) for i in range(1, spec.size))]
+
+
+def _instructions(wire: Sequence[Sequence[Any]]) -> list[Instruction]:
+    # msgspec turns tuples into lists; the program's cache key needs tuples again.
+    return [(op, member, weight) for op, member, weight in wire]

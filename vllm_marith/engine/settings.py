@@ -1,0 +1,58 @@
+"""The server's settings: ``--additional-config '{"marith": {...}}'``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_marith.language.presets import Presets
+from vllm_marith.language.request import Limits
+
+from .group import KEY
+
+
+class Settings(BaseModel):
+    """What an operator may set.  Unknown keys are refused.
+
+    Attributes:
+        presets: directory of preset files, or one file; see `vllm_marith.language.presets`.
+        limits: bounds on what one request may ask for.
+        warmup: whether each worker compiles the fusion kernels before it serves.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    presets: Path | None = None
+    limits: Limits = Field(default_factory=Limits)
+    warmup: bool = True
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Settings:
+        """Settings of a `vllm.config.VllmConfig`.
+
+        Raises:
+            ValueError: a key or value is wrong; the sentence names it.
+        """
+        additional = vllm_config.additional_config
+        raw = additional.get(KEY, {}) if isinstance(additional, dict) else {}
+        if not isinstance(raw, dict):
+            raise ValueError(f"additional_config[{KEY!r}] must be an object, not {type(raw).__name__}")
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join([KEY, *map(str, first["loc"])])
+            known = ", ".join(sorted(cls.model_fields))
+            raise ValueError(
+                f"additional_config: {place}: {first['msg'].lower()} (known settings: {known})"
+            ) from None
+
+    def load_presets(self) -> Presets:
+        """The operator's presets, or none.
+
+        Raises:
+            PresetError: a file is wrong; the sentence names file, line and reason.
+        """
+        return Presets.load(self.presets) if self.presets else Presets.empty()

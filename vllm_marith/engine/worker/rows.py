@@ -1,0 +1,122 @@
+"""Which rows of a step belong to which groups, and the fusion program for them.
+
+Shared by both model runners: a runner says which requests sit in which rows and which rows are
+discarded (prefill chunks and held members); `RowPlans` answers with a `RowPlan`, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import marith_kernels
+import numpy as np
+import torch
+
+from ..group import KEY, Instruction, MemberTag
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What one step does with its logits ``[rows, vocab]``.
+
+    Attributes:
+        batch: the fusion programs of the step's joint groups.
+        leaders: int64 ``[groups]``, the row of each group's leader, which receives the fused row.
+        followers: int64 ``[followers]``, rows whose sampled token is replaced ...
+        follower_leaders: int64 ``[followers]``, ... by that of this row.
+    """
+
+    batch: marith_kernels.Batch
+    leaders: torch.Tensor
+    followers: torch.Tensor
+    follower_leaders: torch.Tensor
+
+    def fuse(self, logits: torch.Tensor) -> torch.Tensor:
+        """float32 logits in which each leader's row holds its formula's distribution."""
+        fused = marith_kernels.fuse(logits, self.batch).logits
+        # Sampling works in float32 anyway; rows of plain requests keep their values.
+        logits = logits.float()
+        return logits.index_copy_(0, self.leaders, fused)
+
+    def tie(self, sampled: torch.Tensor) -> None:
+        """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""
+        if self.followers.numel():
+            sampled.index_copy_(0, self.followers, sampled.index_select(0, self.follower_leaders))
+
+
+class RowPlans:
+    """Builds `RowPlan`s and keeps the last one while the step's rows stay the same."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.key: tuple[list[str], np.ndarray] | None = None
+        self.plan: RowPlan | None = None
+
+    def plan_step(
+        self,
+        request_ids: Sequence[str],
+        discarded: np.ndarray,
+        extra_args: Callable[[str], dict[str, Any] | None],
+    ) -> RowPlan | None:
+        """The plan of a step, or None when no group has joint rows in it.
+
+        Args:
+            request_ids: the request in each row.
+            discarded: bool ``[rows]``, rows whose sample vLLM throws away.
+            extra_args: a request's ``SamplingParams.extra_args``.
+        """
+        if self.key is not None:
+            ids, mask = self.key
+            if ids == request_ids and np.array_equal(mask, discarded):
+                return self.plan
+        self.plan = self._build(request_ids, discarded, extra_args)
+        self.key = (list(request_ids), discarded.copy())
+        return self.plan
+
+    def _build(
+        self,
+        request_ids: Sequence[str],
+        discarded: np.ndarray,
+        extra_args: Callable[[str], dict[str, Any] | None],
+    ) -> RowPlan | None:
+        members: dict[str, dict[int, tuple[int, MemberTag]]] = {}
+        for row, request_id in enumerate(request_ids):
+            args = extra_args(request_id)
+            if args and KEY in args and not discarded[row]:
+                tag = MemberTag.from_wire(args[KEY])
+                members.setdefault(tag.group, {})[tag.index] = (row, tag)
+
+        programs, rows, leaders, followers, follower_leaders = [], [], [], [], []
+        for group in members.values():
+            leader = group.get(0)
+            if leader is None or len(group) != leader[1].size:
+                # The scheduler never sends such a step; it fails the group there if it ever does
+                # and drops its tokens, so leaving the rows alone is safe here.
+                continue
+            row, tag = leader
+            programs.append(_program(tuple(tag.instructions), tag.divide))
+            rows.append([group[i][0] for i in range(tag.size)])
+            leaders.append(row)
+            followers += rows[-1][1:]
+            follower_leaders += [row] * (tag.size - 1)
+        if not programs:
+            return None
+
+        def index(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+        return RowPlan(
+            marith_kernels.Batch.build(programs, rows, self.device),
+            index(leaders),
+            index(followers),
+            index(follower_leaders),
+        )
+
+
+@lru_cache(maxsize=4096)
+def _program(instructions: tuple[Instruction, ...], divide: bool) -> marith_kernels.Program:
+    # Requests repeat a handful of formulas; encoding one costs more than finding it again.
+    return marith_kernels.Program(instructions, divide=divide)

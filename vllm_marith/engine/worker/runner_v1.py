@@ -1,0 +1,94 @@
+"""Fusion and tie on vLLM's V1 model runner.
+
+Order within ``GPUModelRunner.sample_tokens``::
+
+    logits ─▶ FUSE ─▶ grammar mask ─▶ raw log-probs ─▶ bias, penalties, T, top-k/p ─▶ token ─▶ TIE
+
+so that whatever a request asks of the sampler acts on the formula's distribution, once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import marith_kernels
+import torch
+
+from .. import patches
+from ..group import KEY
+from .rows import RowPlans
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+
+
+def install() -> None:
+    """Wraps the runner's two functions; idempotent, once per worker process."""
+    patches.patch(f"{_RUNNER}.sample_tokens", _with_fusion)
+    patches.patch(f"{_RUNNER}._sample", _with_tie)
+
+
+def warmup(device: torch.device) -> None:
+    """Compiles the fusion kernels now rather than under the first request."""
+    marith_kernels.warmup(device)
+
+
+def _with_fusion(sample_tokens: Any) -> Any:
+    @functools.wraps(sample_tokens)
+    def fused(self: Any, grammar_output: Any) -> Any:
+        state = self.execute_model_state
+        if state is None or state.logits is None:
+            return sample_tokens(self, grammar_output)
+        plans = self.__dict__.setdefault("marith_plans", RowPlans(self.device))
+        ids = self.input_batch.req_ids
+        discarded = self.discard_request_mask.np[: len(ids)]
+        requests = self.requests
+
+        def extra_args(request_id: str) -> dict[str, Any] | None:
+            return requests[request_id].sampling_params.extra_args
+
+        plan = plans.plan_step(ids, discarded, extra_args)
+        if plan is not None:
+            with torch.inference_mode():
+                self.execute_model_state = state._replace(logits=plan.fuse(state.logits))
+        self.marith_plan = plan
+        try:
+            with _hidden_generators(self.input_batch, discarded, extra_args):
+                return sample_tokens(self, grammar_output)
+        finally:
+            self.marith_plan = None
+
+    return fused
+
+
+def _with_tie(sample: Any) -> Any:
+    @functools.wraps(sample)
+    def tied(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        output = sample(self, logits, spec_decode_metadata)
+        plan = getattr(self, "marith_plan", None)
+        if plan is not None:
+            plan.tie(output.sampled_token_ids)
+        return output
+
+    return tied
+
+
+@contextmanager
+def _hidden_generators(input_batch: Any, discarded: Any, extra_args: Any) -> Iterator[None]:
+    """Keeps a held leader's seed from advancing.
+
+    vLLM samples every row and rewinds the generators of the rows it throws away, which a CPU
+    generator cannot do (``Generator.set_offset``).  A held leader always has such rows.
+    """
+    generators = input_batch.generators
+    hidden = {}
+    for row in [row for row in generators if discarded[row]] if generators else ():
+        args = extra_args(input_batch.req_ids[row])
+        if args and KEY in args:
+            hidden[row] = generators.pop(row)
+    try:
+        yield
+    finally:
+        generators.update(hidden)
