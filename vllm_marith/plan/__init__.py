@@ -1,0 +1,5 @@
+"""From a formula to the program that a worker runs.  Pure Python; imports `language` and nothing else of ours."""
+
+from vllm_marith.plan.program import NO_TERM, Instruction, Plan, lower
+
+__all__ = ["NO_TERM", "Instruction", "Plan", "lower"]

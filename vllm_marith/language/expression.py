@@ -1,0 +1,440 @@
+"""`Term` and `Formula`: what a Python user writes, and what every other part of the project receives.
+
+child, adult = Term("You are a child."), Term("You are an adult.")
+formula = child - 0.6 * adult
+formula.sampling_params(max_tokens=64)      # for vllm.LLM.generate
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from numbers import Real
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from vllm_marith.language.algebra import check_weights
+from vllm_marith.language.errors import FormulaError
+from vllm_marith.language.limits import MAX_NESTING, Limits
+from vllm_marith.language.names import PLAIN_NAME, check_term_name
+from vllm_marith.language.nodes import (
+    Intersection,
+    Leaf,
+    Node,
+    Union,
+    add,
+    divide,
+    function_name,
+    join,
+    leaf_names,
+    nesting,
+    number,
+    rename,
+    scale,
+    to_text,
+)
+from vllm_marith.language.validation import describe
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+
+Normalize = Literal["sum", "none"]
+# The key of a request's formula in vLLM's `vllm_xargs` and `SamplingParams.extra_args`.
+REQUEST_KEY: Final = "marith"
+
+
+class _Arithmetic:
+    """Operators shared by terms and formulas; every one returns a Formula."""
+
+    __slots__ = ()
+    # Makes numpy scalars leave `numpy.float64(0.5) * term` to us instead of looking for a sequence.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Any) -> Formula:
+        return _combine(lambda a, b: add(a, b), self, other)
+
+    def __radd__(self, other: Any) -> Formula:
+        return _combine(lambda a, b: add(a, b), other, self)
+
+    def __sub__(self, other: Any) -> Formula:
+        return _combine(lambda a, b: add(a, scale(-1.0, b)), self, other)
+
+    def __rsub__(self, other: Any) -> Formula:
+        return _combine(lambda a, b: add(a, scale(-1.0, b)), other, self)
+
+    def __mul__(self, other: Any) -> Formula:
+        if isinstance(other, Term | Formula):
+            raise FormulaError("the product of two formulas has no meaning; one factor must be a number")
+        factor = _as_number(other)
+        return NotImplemented if factor is None else _combine(lambda a: scale(factor, a), self)
+
+    def __rmul__(self, other: Any) -> Formula:
+        return self.__mul__(other)
+
+    def __truediv__(self, other: Any) -> Formula:
+        if isinstance(other, Term | Formula):
+            raise FormulaError("a formula can only be divided by a number")
+        divisor = _as_number(other)
+        return NotImplemented if divisor is None else _combine(lambda a: divide(a, divisor), self)
+
+    def __rtruediv__(self, other: Any) -> Formula:
+        raise FormulaError("a formula can only be divided by a number, not be a divisor")
+
+    def __neg__(self) -> Formula:
+        return _combine(lambda a: scale(-1.0, a), self)
+
+    def __pos__(self) -> Formula:
+        return _combine(lambda a: a, self)
+
+
+@dataclass(frozen=True)
+class Term(_Arithmetic):
+    """A language model under its own prompt: log Q(x) = log_softmax(logits)(x), with weight N = 1.
+
+    Args:
+        system: chat: this term's system message; completion: `system + "\\n" + input`.
+        prompt: a template in which `{input}` stands for the user's input.  Without `system` and `prompt`
+            the term sees the request as it is.
+        model: a constituent model of the server, by name; None is the base model.
+        adapter: a LoRA adapter that the server knows, by name.
+        classifier: a classifier that the server's configuration lists, by name.
+        speculative_factor: run this term once for so many drafted tokens; 1 is every token.
+        name: what formulas call it.  Only a label: two terms are equal when all else is.
+
+    Raises:
+        FormulaError: a field that is not of its type, `system` together with `prompt`, or a path as a name.
+    """
+
+    system: str | None = None
+    prompt: str | None = field(default=None, kw_only=True)
+    model: str | None = field(default=None, kw_only=True)
+    adapter: str | None = field(default=None, kw_only=True)
+    classifier: str | None = field(default=None, kw_only=True)
+    speculative_factor: int = field(default=1, kw_only=True)
+    name: str | None = field(default=None, kw_only=True, compare=False)
+
+    def __post_init__(self) -> None:
+        for text in ("system", "prompt"):
+            value = getattr(self, text)
+            if value is not None and not isinstance(value, str):
+                raise FormulaError(f"'{text}' of a term must be a string, not a {type(value).__name__}")
+        if self.system is not None and self.prompt is not None:
+            raise FormulaError("a term has either 'system' or 'prompt', not both")
+        for reference in ("model", "adapter", "classifier"):
+            value = getattr(self, reference)
+            if value is not None and not (isinstance(value, str) and PLAIN_NAME.fullmatch(value)):
+                raise FormulaError(
+                    f"'{reference}' of a term must be a name that the server knows (letters, digits, '_', '.', '-'; "
+                    f"at most 64), not {describe(value)}"
+                )
+        factor = self.speculative_factor
+        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
+            raise FormulaError(
+                f"'speculative_factor' of a term must be a whole number of at least 1, not {describe(factor)}"
+            )
+        if self.name is not None:
+            check_term_name(self.name)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What the term asks for beyond the base model under a prompt; empty for most terms.
+
+        Some of "model", "adapter", "classifier", "speculative_factor", in this order.
+        """
+        asked = [name for name in ("model", "adapter", "classifier") if getattr(self, name) is not None]
+        return (*asked, "speculative_factor") if self.speculative_factor != 1 else tuple(asked)
+
+    def render(self, text: str) -> str:
+        """The term's prompt for a completion request whose prompt is `text`."""
+        if self.prompt is not None:
+            # Not str.format: a template may hold any other braces, JSON for instance.
+            return self.prompt.replace("{input}", text)
+        return text if self.system is None else f"{self.system}\n{text}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The request form of the term: only what differs from a plain term, and not its name."""
+        values = {key: getattr(self, key) for key in ("system", "prompt", "model", "adapter", "classifier")}
+        told = {key: value for key, value in values.items() if value is not None}
+        return (
+            told if self.speculative_factor == 1 else told | {"speculative_factor": self.speculative_factor}
+        )
+
+    def __str__(self) -> str:
+        return str(Formula.of(self))
+
+
+class Formula(_Arithmetic):
+    """An immutable formula over terms; P(x) = softmax(E(x) / N(x)), or softmax(E(x)) with normalize "none".
+
+    Made by operators on terms, by `Formula.parse`, or by `vllm_marith.language.request.parse_request`.
+    Equality is that of trees, terms and normalisation, not of the distributions they give.
+
+    Attributes:
+        root: the tree.
+        terms: name -> Term of every term in the tree, in order of first appearance.
+        normalize: "sum" or "none".
+    """
+
+    __slots__ = ("normalize", "root", "terms")
+
+    root: Node
+    terms: Mapping[str, Term]
+    normalize: Normalize
+
+    def __init__(self, root: Node, terms: Mapping[str, Term], normalize: str = "sum") -> None:
+        if nesting(root) > MAX_NESTING:
+            raise FormulaError(f"the formula is nested more than {MAX_NESTING} deep")
+        names = list(dict.fromkeys(leaf_names(root)))
+        object.__setattr__(self, "root", root)
+        object.__setattr__(self, "terms", MappingProxyType({name: _labelled(name, terms) for name in names}))
+        object.__setattr__(self, "normalize", check_normalize(normalize))
+
+    @classmethod
+    def of(cls, term: Term) -> Formula:
+        """The formula that is this one term."""
+        return _combine(lambda a: a, term)
+
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        terms: Mapping[str, Term | Mapping[str, Any]] | None = None,
+        normalize: str = "sum",
+        *,
+        limits: Limits | None = None,
+    ) -> Formula:
+        """Read a formula, e.g. `child - 0.6*adult + 2*union(child, magic)`.
+
+        Args:
+            text: numbers, names, + - * / ( ), union(...) or max(...), intersection(...) or min(...).
+            terms: name -> Term, or the JSON form of one ({"system": ...}); a name without an entry is a plain
+                term, i.e. the request as it is.
+            limits: bounds on the text; by default only what keeps reading it safe.
+
+        Raises:
+            FormulaError: with the place in the text.
+        """
+        from vllm_marith.language.parser import parse_formula
+
+        return parse_formula(text, terms or {}, normalize, limits)
+
+    @property
+    def leader(self) -> str:
+        """Name of the first term in the formula: its prompt is what the client sees."""
+        return self._leader("a formula needs at least one term")
+
+    def _leader(self, otherwise: str) -> str:
+        for name in self.terms:
+            return name
+        raise FormulaError(otherwise)
+
+    @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """`Term.needs` of the terms that have any: what a server must check that it can provide."""
+        return {name: term.needs for name, term in self.terms.items() if term.needs}
+
+    def with_normalize(self, normalize: str) -> Formula:
+        """The same formula under another normalisation; contrastive formulas need "none"."""
+        return Formula(self.root, self.terms, normalize)
+
+    def check(self) -> Formula:
+        """Itself, if it defines a distribution for every input.
+
+        Operators do not check, because `a - b` may be on its way into a larger formula; everything that reads or uses
+        a formula does.
+
+        Raises:
+            FormulaError: no term, a total weight N that is not positive under normalize "sum", absurd weights.
+        """
+        self._leader("a formula needs at least one term")
+        check_weights(self.root, self.normalize)
+        return self
+
+    def evaluate(self, logits: Mapping[str, Any], dtype: Any = None) -> Any:
+        """Log-probabilities of the formula, the definition that every backend is tested against.
+
+        Args:
+            logits: term name -> torch tensor or numpy array [..., vocab], all of one shape.
+            dtype: of the result; float64 by default.  The computation is in float64 whatever it is.
+
+        Returns:
+            [..., vocab], a tensor or an array as the inputs are.  Rows without any allowed token are all -inf.
+
+        Raises:
+            FormulaError: a term without logits, shapes that differ, NaN or +inf.
+        """
+        from vllm_marith.language.definition import evaluate
+
+        return evaluate(self, logits, dtype)
+
+    def explain(self) -> str:
+        """The plan of the formula as text: weights, terms, program."""
+        from vllm_marith.plan.explain import explain
+
+        return explain(self)
+
+    def to_json(self) -> str:
+        """The formula as a server reads it: the value of `vllm_xargs["marith"]`.
+
+        Every term is written out, plain ones as {}, so that no preset of the server can take its place.
+        """
+        terms = {name: term.to_dict() for name, term in self.terms.items()}
+        return json.dumps(
+            {"formula": str(self), "terms": terms, "normalize": self.normalize}, ensure_ascii=False
+        )
+
+    def sampling_params(self, **vllm_kwargs: Any) -> SamplingParams:
+        """`vllm.SamplingParams(**vllm_kwargs)` that carry this formula, for `vllm.LLM.generate`.
+
+        Raises:
+            FormulaError: the formula defines no distribution, or `extra_args` carry a formula already.
+            ImportError: vLLM is not installed.
+        """
+        self.check()
+        extra_args = dict(vllm_kwargs.pop("extra_args", None) or {})
+        if REQUEST_KEY in extra_args:
+            raise FormulaError(f"extra_args already carry a formula under '{REQUEST_KEY}'")
+        try:
+            vllm = importlib.import_module("vllm")
+        except ImportError as error:
+            raise ImportError(
+                "sampling_params() makes vllm.SamplingParams, and vLLM cannot be imported here; install it with "
+                "`pip install 'vllm-marith[cpu]'` or `pip install 'vllm-marith[cuda]'`"
+            ) from error
+        extra_args[REQUEST_KEY] = self.to_json()
+        params: SamplingParams = vllm.SamplingParams(extra_args=extra_args, **vllm_kwargs)
+        return params
+
+    def __str__(self) -> str:
+        return to_text(self.root)
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{name!r}: {term.to_dict()!r}" for name, term in self.terms.items())
+        normalize = "" if self.normalize == "sum" else f", normalize={self.normalize!r}"
+        return f"Formula.parse({str(self)!r}, {{{told}}}{normalize})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Formula):
+            return NotImplemented
+        return (self.root, self.terms, self.normalize) == (other.root, other.terms, other.normalize)
+
+    def __hash__(self) -> int:
+        return hash((self.root, tuple(self.terms.items()), self.normalize))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Formula, (self.root, dict(self.terms), self.normalize)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a Formula is immutable; cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a Formula is immutable; cannot delete {name!r}")
+
+
+Operand = Term | Formula | float
+
+
+def union(*operands: Operand) -> Formula:
+    """Token-wise maximum of two or more operands: what any of them calls likely.
+
+    softmax(max(log Q1, log Q2)) solves KL^[Q1>Q2](P||Q1) + KL^[Q2>=Q1](P||Q2) (paper, section 3.2; n-ary here).
+    """
+    return _join(Union, operands)
+
+
+def intersection(*operands: Operand) -> Formula:
+    """Token-wise minimum of two or more operands: what all of them call likely."""
+    return _join(Intersection, operands)
+
+
+def _join(kind: type[Union] | type[Intersection], operands: Sequence[Operand]) -> Formula:
+    formula = _combine(lambda *nodes: join(kind, nodes), *operands)
+    if formula is NotImplemented:
+        raise FormulaError(f"the operands of {function_name(kind)} must be terms, formulas or numbers")
+    return formula
+
+
+def _labelled(name: str, terms: Mapping[str, Term]) -> Term:
+    """The term called `name`; anonymous ones stay so, because a larger formula may have to number them anew."""
+    if name not in terms:
+        raise FormulaError(f"the term '{name}' is not defined")
+    term = terms[name]
+    return term if term.name in (None, name) else replace(term, name=name)
+
+
+def check_normalize(value: Any) -> Normalize:
+    """`value`, if it is a normalisation."""
+    if value == "sum":
+        return "sum"
+    if value == "none":
+        return "none"
+    raise FormulaError(f"normalize must be 'sum' or 'none', not {describe(value)}")
+
+
+def _combine(build: Callable[..., Node], *operands: Any) -> Formula:
+    """`build` applied to the operands' trees, after their terms have been given one set of names."""
+    formulas: list[tuple[Node, Mapping[str, Term]]] = []
+    normalizations = set()
+    for operand in operands:
+        if isinstance(operand, Term):
+            name = operand.name or "anonymous"
+            formulas.append((Leaf(name), {name: operand}))
+        elif isinstance(operand, Formula):
+            formulas.append((operand.root, operand.terms))
+            normalizations.add(operand.normalize)
+        elif (value := _as_number(operand)) is not None:
+            formulas.append((number(value), {}))
+        else:
+            return NotImplemented
+    if len(normalizations) > 1:
+        raise FormulaError(
+            "formulas with normalize 'sum' and 'none' cannot be combined; build the whole formula first, "
+            "then set it with .with_normalize(...)"
+        )
+    terms, names = _unify([terms for _, terms in formulas])
+    root = build(*(rename(node, own) for (node, _), own in zip(formulas, names, strict=True)))
+    return Formula(root, terms, normalizations.pop() if normalizations else "sum")
+
+
+def _unify(tables: Sequence[Mapping[str, Term]]) -> tuple[dict[str, Term], list[dict[str, str]]]:
+    """One table of terms from several, and for each of them its names -> the names in that table.
+
+    Terms with a name keep it.  Anonymous terms take the name of an equal term, or t1, t2, ... in order of appearance.
+    """
+    terms: dict[str, Term] = {}
+    for name, term in _entries(tables):
+        if term.name is not None and terms.setdefault(name, term) != term:
+            raise FormulaError(f"the name '{name}' stands for two different terms")
+    name_of: dict[Term, str] = {}
+    for name, term in terms.items():
+        name_of.setdefault(term, name)
+    free = (f"t{index}" for index in count(1) if f"t{index}" not in terms)
+    # Anonymous terms are listed apart: `terms` must not grow while `free` looks into it.
+    anonymous: dict[str, Term] = {}
+    for _, term in _entries(tables):
+        if term not in name_of:
+            name_of[term] = next(free)
+            anonymous[name_of[term]] = term
+    names = [
+        {name: name if term.name is not None else name_of[term] for name, term in table.items()}
+        for table in tables
+    ]
+    return terms | anonymous, names
+
+
+def _entries(tables: Sequence[Mapping[str, Term]]) -> Iterator[tuple[str, Term]]:
+    for table in tables:
+        yield from table.items()
+
+
+def _as_number(value: Any) -> float | None:
+    """A real number as a float, None for anything else (bool included: `True * term` is a mistake)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        raise FormulaError("a number in the formula is too large for a float") from None

@@ -1,0 +1,214 @@
+"""The formula of one request, as it arrives in `vllm_xargs["marith"]`.
+
+Either a bare formula over what the server defines, or JSON:
+
+    {"formula": "child - 0.6*adult", "terms": {"child": {"system": "You are a child."}}, "normalize": "sum"}
+
+A name means, in this order: a term of the request; a term of the server's presets; a preset, i.e. its formula in
+parentheses; `base`, the request as it is.  Nothing here trusts its input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_marith.language.errors import FormulaError
+from vllm_marith.language.expression import REQUEST_KEY, Formula, Term
+from vllm_marith.language.limits import Limits
+from vllm_marith.language.names import BASE, check_term_name
+from vllm_marith.language.nodes import Leaf, Node
+from vllm_marith.language.parser import parse
+from vllm_marith.language.validation import describe, did_you_mean, sentence
+
+_STRICT: Final = ConfigDict(extra="forbid", strict=True, frozen=True)
+# Defined names listed in a refusal; a server may have hundreds.
+_LISTED_NAMES: Final = 20
+
+
+class TermSpec(BaseModel):
+    """The JSON and YAML form of a term; `Term` says what the fields mean."""
+
+    model_config = _STRICT
+
+    system: str | None = None
+    prompt: str | None = None
+    model: str | None = None
+    adapter: str | None = None
+    classifier: str | None = None
+    speculative_factor: int = Field(default=1, ge=1)
+
+
+class RequestSpec(BaseModel):
+    """The JSON form of a request's formula.  The terms are validated one by one, to name the one at fault."""
+
+    model_config = _STRICT
+
+    formula: str
+    terms: dict[str, Any] = Field(default_factory=dict)
+    normalize: Literal["sum", "none"] | None = None
+
+
+class PresetTable(Protocol):
+    """What this module needs of `vllm_marith.language.presets.Presets`."""
+
+    @property
+    def terms(self) -> Mapping[str, Term]: ...
+
+    @property
+    def formulas(self) -> Mapping[str, Formula]: ...
+
+
+def parse_request(
+    value: object, *, presets: PresetTable | None = None, limits: Limits | None = None
+) -> Formula:
+    """The formula of a request, checked: it is within the limits and defines a distribution for every input.
+
+    Args:
+        value: what the request carries under "marith".
+        presets: the terms and formulas that the server defines.
+        limits: bounds; `Limits()` by default.
+
+    Raises:
+        FormulaError: whose text is the answer to give to the client.
+    """
+    limits = limits or Limits()
+    if not isinstance(value, str):
+        raise FormulaError(
+            f"'{REQUEST_KEY}' must be a string, a formula or the JSON of one, not {describe(value)}"
+        )
+    if len(value) > limits.max_request_chars:
+        raise FormulaError(
+            f"'{REQUEST_KEY}' has {len(value)} characters; {limits.max_request_chars} is the most that is read"
+        )
+    spec = _decode(value) if value.lstrip().startswith("{") else RequestSpec(formula=value)
+    if len(spec.terms) > limits.max_terms:
+        raise FormulaError(f"the request defines {len(spec.terms)} terms; {limits.max_terms} is the most")
+    own = {check_term_name(name): term_from_json(name, term, limits) for name, term in spec.terms.items()}
+    return resolve_formula(spec.formula, own, presets, spec.normalize, limits)
+
+
+def resolve_formula(
+    text: str,
+    own: Mapping[str, Term],
+    presets: PresetTable | None,
+    normalize: Literal["sum", "none"] | None,
+    limits: Limits,
+) -> Formula:
+    """Parse `text`, every name of which must be defined by `own`, by `presets`, or be `base`."""
+    names = _Names(own, presets)
+    root = parse(text, names.resolve, limits)
+    whole = names.presets.get(text.strip(" \t\r\n()"))
+    if normalize is None:
+        normalize = whole.normalize if whole else "sum"
+    for name, formula in names.presets.items():
+        if formula.normalize != normalize:
+            raise FormulaError(
+                f"the preset '{name}' has normalize: {formula.normalize} and cannot be part of a formula with "
+                f"normalize: {normalize}"
+            )
+    formula = Formula(root, names.terms, normalize)
+    if len(formula.terms) > limits.max_terms:
+        raise FormulaError(f"the formula has {len(formula.terms)} terms; {limits.max_terms} is the most")
+    return formula.check()
+
+
+def term_from_json(name: str, value: Term | Mapping[str, Any] | object, limits: Limits) -> Term:
+    """The term called `name` from its JSON form (or from a Term), labelled with that name.
+
+    Raises:
+        FormulaError: naming the key at fault.
+    """
+    if isinstance(value, Term):
+        fields = value.to_dict()
+    else:
+        try:
+            spec = TermSpec.model_validate(dict(value) if isinstance(value, Mapping) else value)
+        except ValidationError as error:
+            reason = sentence(error, "a term", tuple(TermSpec.model_fields))
+            raise FormulaError(f"the term '{name}': {reason}") from None
+        fields = spec.model_dump()
+    for key in ("system", "prompt"):
+        length = len(fields.get(key) or "")
+        if length > limits.max_template_chars:
+            raise FormulaError(
+                f"the term '{name}': '{key}' has {length} characters; {limits.max_template_chars} is the most"
+            )
+    try:
+        return Term(**fields, name=name)
+    except FormulaError as error:
+        raise FormulaError(f"the term '{name}': {error.message}") from None
+
+
+class _Names:
+    """What the names of one formula stand for, and which of them it used."""
+
+    def __init__(self, own: Mapping[str, Term], presets: PresetTable | None) -> None:
+        self._own = own
+        self._preset_terms: Mapping[str, Term] = presets.terms if presets else {}
+        self._preset_formulas: Mapping[str, Formula] = presets.formulas if presets else {}
+        self.terms: dict[str, Term] = {}  # used so far, by name
+        self.presets: dict[str, Formula] = {}  # used so far, by name
+
+    def resolve(self, name: str) -> Node:
+        for table in (self._own, self._preset_terms):
+            if name in table:
+                return self._use(name, table[name])
+        if name in self._preset_formulas:
+            formula = self.presets[name] = self._preset_formulas[name]
+            for inner, term in formula.terms.items():
+                self._use(inner, term)
+            return formula.root
+        if name == BASE:
+            return self._use(name, Term(name=BASE))
+        raise FormulaError(f"'{name[:64]}' is not defined{self._hint(name)}")
+
+    def _use(self, name: str, term: Term) -> Node:
+        if self.terms.setdefault(name, term) != term:
+            raise FormulaError(
+                f"the term '{name}' has two definitions in this formula, the request's own and that of a preset it "
+                "names; give the request's own term another name"
+            )
+        return Leaf(name)
+
+    def _hint(self, name: str) -> str:
+        defined = sorted({*self._own, *self._preset_terms, *self._preset_formulas, BASE})
+        meant = did_you_mean(name, defined)
+        listed = ", ".join(defined[:_LISTED_NAMES]) + (", …" if len(defined) > _LISTED_NAMES else "")
+        return (f"; did you mean '{meant}'?" if meant else ";") + f" defined are: {listed}"
+
+
+def _decode(text: str) -> RequestSpec:
+    try:
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise FormulaError(
+            f"'{REQUEST_KEY}' starts with '{{' and is not valid JSON: {error.msg} at line {error.lineno}, "
+            f"column {error.colno}"
+        ) from None
+    except RecursionError:
+        raise FormulaError(f"the JSON in '{REQUEST_KEY}' is nested too deep") from None
+    except FormulaError:
+        raise
+    except ValueError:  # a whole number of thousands of digits
+        raise FormulaError(f"the JSON in '{REQUEST_KEY}' has a number that is too long") from None
+    try:
+        return RequestSpec.model_validate(value)
+    except ValidationError as error:
+        raise FormulaError(sentence(error, f"'{REQUEST_KEY}'", tuple(RequestSpec.model_fields))) from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise FormulaError(f"the key '{key[:64]}' appears twice in the JSON of '{REQUEST_KEY}'")
+        found[key] = value
+    return found
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise FormulaError(f"the JSON of '{REQUEST_KEY}' has {constant}, which is no number")
