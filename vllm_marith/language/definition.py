@@ -3,14 +3,13 @@
     log P(x) = log_softmax(E / N)(x)        normalize "sum"  (paper, Theorem 1)
     log P(x) = log_softmax(E)(x)            normalize "none"
 
-with E(x) and N(x) of each node as `nodes` gives them, on the simplified tree (`algebra.simplify`).  Two rules make it total:
--inf stays -inf under any factor, negative ones included, so that a token which a term forbids stays forbidden; and a
-row in which nothing is allowed is all -inf.  The result is never NaN.
+with E(x) and N(x) of each node as `nodes` gives them, on the simplified tree (`algebra.simplify`).  Two
+rules make it total: -inf stays -inf under any factor, negative ones included, so that a token which a term
+forbids stays forbidden; and a row in which nothing is allowed is all -inf.  The result is never NaN.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
 
 def evaluate(formula: Formula, logits: Mapping[str, Any], dtype: Any = None) -> Any:
     """`Formula.evaluate`: term name -> logits [..., vocab]  ->  log-probabilities [..., vocab]."""
-    torch = importlib.import_module("torch")
+    import torch
+
     formula.check()
     inputs, arrays = _inputs(formula, logits)
     log_q = {name: log_softmax(values) for name, values in inputs.items()}
@@ -42,7 +42,8 @@ def evaluate(formula: Formula, logits: Mapping[str, Any], dtype: Any = None) -> 
 
 def log_softmax(values: torch.Tensor) -> torch.Tensor:
     """log_softmax over the last dimension, where a row that is all -inf stays so instead of turning NaN."""
-    torch = importlib.import_module("torch")
+    import torch
+
     total = torch.logsumexp(values, dim=-1, keepdim=True)
     return values - torch.where(torch.isneginf(total), torch.zeros_like(total), total)
 
@@ -51,7 +52,8 @@ def _evaluate(
     node: Node, log_q: Mapping[str, torch.Tensor], like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(E, N) of a simplified node, both [..., vocab]."""
-    torch = importlib.import_module("torch")
+    import torch
+
     if isinstance(node, Union | Intersection):
         energy, weight = _evaluate(node.operands[0], log_q, like)
         for operand in node.operands[1:]:
@@ -77,7 +79,9 @@ def _evaluate(
 
 def _inputs(formula: Formula, logits: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], bool]:
     """The formula's logits as float64 tensors, and whether they came as numpy arrays."""
-    torch, numpy = importlib.import_module("torch"), importlib.import_module("numpy")
+    import numpy
+    import torch
+
     missing = [name for name in formula.terms if name not in logits]
     if missing:
         raise FormulaError(
@@ -88,8 +92,9 @@ def _inputs(formula: Formula, logits: Mapping[str, Any]) -> tuple[dict[str, torc
     for name in formula.terms:
         value = logits[name]
         if not isinstance(value, numpy.ndarray | torch.Tensor):
+            kind = type(value).__name__
             raise FormulaError(
-                f"the logits of '{name}' must be a torch tensor or a numpy array, not a {type(value).__name__}"
+                f"the logits of '{name}' must be a torch tensor or numpy array, not a {kind}"
             )
         tensor = torch.as_tensor(value)
         if tensor.is_complex():
@@ -103,8 +108,8 @@ def _inputs(formula: Formula, logits: Mapping[str, Any]) -> tuple[dict[str, torc
             raise FormulaError(f"the logits of '{name}' have no vocabulary dimension: shape {_shape(tensor)}")
         if tensor.shape != tensors[first].shape:
             raise FormulaError(
-                f"the logits of '{name}' have shape {_shape(tensor)} and those of '{first}' {_shape(tensors[first])}; "
-                "all terms need one shape [..., vocab]"
+                f"the logits of '{name}' have shape {_shape(tensor)} and those of '{first}' "
+                f"{_shape(tensors[first])}; all terms need one shape [..., vocab]"
             )
         if bool((torch.isnan(tensor) | torch.isposinf(tensor)).any()):
             raise FormulaError(f"the logits of '{name}' contain NaN or +inf")
@@ -117,7 +122,9 @@ def _shape(tensor: torch.Tensor) -> list[int]:
 
 def _torch_dtype(dtype: Any) -> torch.dtype:
     """A torch dtype, a numpy dtype or the name of either, as a torch dtype; float64 for None."""
-    torch, numpy = importlib.import_module("torch"), importlib.import_module("numpy")
+    import numpy
+    import torch
+
     if dtype is None:
         return torch.float64
     if not isinstance(dtype, torch.dtype):

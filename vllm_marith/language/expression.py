@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
-from numbers import Real
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -20,6 +18,7 @@ from vllm_marith.language.algebra import check_weights
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.limits import MAX_NESTING, Limits
 from vllm_marith.language.names import PLAIN_NAME, check_term_name
+from vllm_marith.language.naming import as_number, unify
 from vllm_marith.language.nodes import (
     Intersection,
     Leaf,
@@ -68,7 +67,7 @@ class _Arithmetic:
     def __mul__(self, other: Any) -> Formula:
         if isinstance(other, Term | Formula):
             raise FormulaError("the product of two formulas has no meaning; one factor must be a number")
-        factor = _as_number(other)
+        factor = as_number(other)
         return NotImplemented if factor is None else _combine(lambda a: scale(factor, a), self)
 
     def __rmul__(self, other: Any) -> Formula:
@@ -77,7 +76,7 @@ class _Arithmetic:
     def __truediv__(self, other: Any) -> Formula:
         if isinstance(other, Term | Formula):
             raise FormulaError("a formula can only be divided by a number")
-        divisor = _as_number(other)
+        divisor = as_number(other)
         return NotImplemented if divisor is None else _combine(lambda a: divide(a, divisor), self)
 
     def __rtruediv__(self, other: Any) -> Formula:
@@ -127,8 +126,8 @@ class Term(_Arithmetic):
             value = getattr(self, reference)
             if value is not None and not (isinstance(value, str) and PLAIN_NAME.fullmatch(value)):
                 raise FormulaError(
-                    f"'{reference}' of a term must be a name that the server knows (letters, digits, '_', '.', '-'; "
-                    f"at most 64), not {describe(value)}"
+                    f"'{reference}' of a term must be a name that the server knows, of at most 64 letters, "
+                    f"digits, '_', '.' and '-', not {describe(value)}"
                 )
         factor = self.speculative_factor
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
@@ -224,12 +223,9 @@ class Formula(_Arithmetic):
     @property
     def leader(self) -> str:
         """Name of the first term in the formula: its prompt is what the client sees."""
-        return self._leader("a formula needs at least one term")
-
-    def _leader(self, otherwise: str) -> str:
         for name in self.terms:
             return name
-        raise FormulaError(otherwise)
+        raise FormulaError("a formula needs at least one term")
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:
@@ -243,13 +239,15 @@ class Formula(_Arithmetic):
     def check(self) -> Formula:
         """Itself, if it defines a distribution for every input.
 
-        Operators do not check, because `a - b` may be on its way into a larger formula; everything that reads or uses
-        a formula does.
+        Operators do not check, because `a - b` may be on its way into a larger formula; everything that
+        reads or uses a formula does.
 
         Raises:
-            FormulaError: no term, a total weight N that is not positive under normalize "sum", absurd weights.
+            FormulaError: no term, a total weight N that is not positive under normalize "sum", or
+                weights beyond any use.
         """
-        self._leader("a formula needs at least one term")
+        if not self.terms:
+            raise FormulaError("a formula needs at least one term")
         check_weights(self.root, self.normalize)
         return self
 
@@ -261,7 +259,7 @@ class Formula(_Arithmetic):
             dtype: of the result; float64 by default.  The computation is in float64 whatever it is.
 
         Returns:
-            [..., vocab], a tensor or an array as the inputs are.  Rows without any allowed token are all -inf.
+            [..., vocab], a tensor or array as the inputs are.  A row without any allowed token is all -inf.
 
         Raises:
             FormulaError: a term without logits, shapes that differ, NaN or +inf.
@@ -301,8 +299,8 @@ class Formula(_Arithmetic):
             vllm = importlib.import_module("vllm")
         except ImportError as error:
             raise ImportError(
-                "sampling_params() makes vllm.SamplingParams, and vLLM cannot be imported here; install it with "
-                "`pip install 'vllm-marith[cpu]'` or `pip install 'vllm-marith[cuda]'`"
+                "sampling_params() makes vllm.SamplingParams, and vLLM cannot be imported here; install it "
+                "with `pip install 'vllm-marith[cpu]'` or `pip install 'vllm-marith[cuda]'`"
             ) from error
         extra_args[REQUEST_KEY] = self.to_json()
         params: SamplingParams = vllm.SamplingParams(extra_args=extra_args, **vllm_kwargs)
@@ -340,7 +338,8 @@ Operand = Term | Formula | float
 def union(*operands: Operand) -> Formula:
     """Token-wise maximum of two or more operands: what any of them calls likely.
 
-    softmax(max(log Q1, log Q2)) solves KL^[Q1>Q2](P||Q1) + KL^[Q2>=Q1](P||Q2) (paper, section 3.2; n-ary here).
+    softmax(max(log Q1, log Q2)) minimises KL^[Q1>Q2](P||Q1) + KL^[Q2>=Q1](P||Q2) over P (the paper's union,
+    which is binary; this one takes any number).
     """
     return _join(Union, operands)
 
@@ -358,7 +357,7 @@ def _join(kind: type[Union] | type[Intersection], operands: Sequence[Operand]) -
 
 
 def _labelled(name: str, terms: Mapping[str, Term]) -> Term:
-    """The term called `name`; anonymous ones stay so, because a larger formula may have to number them anew."""
+    """The term called `name`; anonymous ones stay so: a larger formula may have to number them anew."""
     if name not in terms:
         raise FormulaError(f"the term '{name}' is not defined")
     term = terms[name]
@@ -385,7 +384,7 @@ def _combine(build: Callable[..., Node], *operands: Any) -> Formula:
         elif isinstance(operand, Formula):
             formulas.append((operand.root, operand.terms))
             normalizations.add(operand.normalize)
-        elif (value := _as_number(operand)) is not None:
+        elif (value := as_number(operand)) is not None:
             formulas.append((number(value), {}))
         else:
             return NotImplemented
@@ -394,47 +393,6 @@ def _combine(build: Callable[..., Node], *operands: Any) -> Formula:
             "formulas with normalize 'sum' and 'none' cannot be combined; build the whole formula first, "
             "then set it with .with_normalize(...)"
         )
-    terms, names = _unify([terms for _, terms in formulas])
+    terms, names = unify([terms for _, terms in formulas])
     root = build(*(rename(node, own) for (node, _), own in zip(formulas, names, strict=True)))
     return Formula(root, terms, normalizations.pop() if normalizations else "sum")
-
-
-def _unify(tables: Sequence[Mapping[str, Term]]) -> tuple[dict[str, Term], list[dict[str, str]]]:
-    """One table of terms from several, and for each of them its names -> the names in that table.
-
-    Terms with a name keep it.  Anonymous terms take the name of an equal term, or t1, t2, ... in order of appearance.
-    """
-    terms: dict[str, Term] = {}
-    for name, term in _entries(tables):
-        if term.name is not None and terms.setdefault(name, term) != term:
-            raise FormulaError(f"the name '{name}' stands for two different terms")
-    name_of: dict[Term, str] = {}
-    for name, term in terms.items():
-        name_of.setdefault(term, name)
-    free = (f"t{index}" for index in count(1) if f"t{index}" not in terms)
-    # Anonymous terms are listed apart: `terms` must not grow while `free` looks into it.
-    anonymous: dict[str, Term] = {}
-    for _, term in _entries(tables):
-        if term not in name_of:
-            name_of[term] = next(free)
-            anonymous[name_of[term]] = term
-    names = [
-        {name: name if term.name is not None else name_of[term] for name, term in table.items()}
-        for table in tables
-    ]
-    return terms | anonymous, names
-
-
-def _entries(tables: Sequence[Mapping[str, Term]]) -> Iterator[tuple[str, Term]]:
-    for table in tables:
-        yield from table.items()
-
-
-def _as_number(value: Any) -> float | None:
-    """A real number as a float, None for anything else (bool included: `True * term` is a mistake)."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        raise FormulaError("a number in the formula is too large for a float") from None

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.expression import Formula, Term, check_normalize
@@ -74,7 +74,8 @@ def parse(text: str, resolve: Resolve, limits: Limits) -> Node:
     """The tree of a formula's text.
 
     Raises:
-        FormulaError: with the place, for a mistake in the text, a name that `resolve` refuses, or a bound of `limits`.
+        FormulaError: with the place, for a mistake in the text, a name that `resolve` refuses, or a bound of
+            `limits`.
     """
     if not isinstance(text, str):
         raise FormulaError(f"a formula must be a string, not a {type(text).__name__}")
@@ -100,7 +101,7 @@ class _Parser:
     def read(self) -> Node:
         root = self._expression(1, nesting=0)
         if self.token.kind != "end":
-            self._refuse_rest()
+            raise self._unexpected()
         return root
 
     # -- grammar ------------------------------------------------------------------------------------------
@@ -134,12 +135,12 @@ class _Parser:
         if token.kind == "name":
             self._take()
             return self._call(token, nesting) if self.token.kind == "(" else self._name(token)
-        self._refuse("expected a term or a number", token.position)
+        raise self._refusal("expected a term or a number", token.position)
 
     def _call(self, function: _Token, nesting: int) -> Node:
         kind = FUNCTIONS.get(function.text)
         if kind is None:
-            self._refuse_function(function)
+            raise self._unknown_function(function)
         opening = self.token
         self._enter(opening, nesting)
         self._count(function)
@@ -155,14 +156,14 @@ class _Parser:
         self._count(token, size(node))
         self.names.add(token.text)
         if len(self.names) > self.limits.max_terms:
-            self._refuse(f"the formula has more than {self.limits.max_terms} terms", token.position)
+            raise self._refusal(f"the formula has more than {self.limits.max_terms} terms", token.position)
         return node
 
     def _number(self, token: _Token) -> Node:
         self._count(token)
         value = float(token.text)
         if not math.isfinite(value):
-            self._refuse("the number is too large", token.position)
+            raise self._refusal("the number is too large", token.position)
         return Number(value)
 
     def _apply(self, operator: _Token, left: Node, right: Node) -> Node:
@@ -178,54 +179,56 @@ class _Parser:
             case "/" if isinstance(right, Number):
                 return self._placed(operator.position, lambda: divide(left, right.value))
             case "*":
-                self._refuse(
+                raise self._refusal(
                     "the product of two formulas has no meaning; one factor must be a number",
                     operator.position,
                 )
             case _:
-                self._refuse("a formula can only be divided by a number", operator.position)
+                raise self._refusal("a formula can only be divided by a number", operator.position)
 
     # -- bounds and refusals ------------------------------------------------------------------------------
 
     def _enter(self, opening: _Token, nesting: int) -> None:
         """Use the token that opens a parenthesis."""
         if nesting >= self.limits.max_depth:
-            self._refuse(f"the formula is nested more than {self.limits.max_depth} deep", opening.position)
+            raise self._refusal(
+                f"the formula is nested more than {self.limits.max_depth} deep", opening.position
+            )
         self._take()
 
     def _close(self, opening: _Token) -> None:
         if self.token.kind == "end":
-            self._refuse("this parenthesis is never closed", opening.position)
+            raise self._refusal("this parenthesis is never closed", opening.position)
         if self.token.kind != ")":
-            self._refuse_rest()
+            raise self._unexpected()
         self._take()
 
     def _count(self, token: _Token, nodes: int = 1) -> None:
         self.nodes += nodes
         if self.nodes > self.limits.max_nodes:
-            self._refuse(
+            raise self._refusal(
                 f"the formula has more than {self.limits.max_nodes} terms, numbers and operators",
                 token.position,
             )
 
-    def _refuse_rest(self) -> NoReturn:
+    def _unexpected(self) -> FormulaError:
         """An operand is complete and what follows cannot go on from it."""
         if self.token.kind == ")":
-            self._refuse("this parenthesis was never opened", self.token.position)
+            return self._refusal("this parenthesis was never opened", self.token.position)
         if self.token.kind == ",":
-            self._refuse("a comma only separates the operands of a function", self.token.position)
-        self._refuse("expected an operator (+ - * /)", self.token.position)
+            return self._refusal("a comma only separates the operands of a function", self.token.position)
+        return self._refusal("expected an operator (+ - * /)", self.token.position)
 
-    def _refuse_function(self, function: _Token) -> NoReturn:
+    def _unknown_function(self, function: _Token) -> FormulaError:
         if function.text in RESERVED:
-            self._refuse(f"{function.text}(...) is not supported yet", function.position)
+            return self._refusal(f"{function.text}(...) is not supported yet", function.position)
         meant = did_you_mean(function.text, [*FUNCTIONS])
         hint = (
             f"; did you mean '{meant}'?"
             if meant
             else "; the functions are union (max) and intersection (min)"
         )
-        self._refuse(f"unknown function '{function.text[:64]}'{hint}", function.position)
+        return self._refusal(f"unknown function '{function.text[:64]}'{hint}", function.position)
 
     def _placed(self, position: int, build: Callable[[], Node]) -> Node:
         """`build()`; what it refuses is refused at `position`."""
@@ -234,8 +237,8 @@ class _Parser:
         except FormulaError as error:
             raise FormulaError(error.message, self.text, position) from None
 
-    def _refuse(self, message: str, position: int) -> NoReturn:
-        raise FormulaError(message, self.text, position)
+    def _refusal(self, message: str, position: int) -> FormulaError:
+        return FormulaError(message, self.text, position)
 
     # -- tokens -------------------------------------------------------------------------------------------
 
@@ -255,7 +258,7 @@ class _Parser:
             self.position = match.end()
             following = text[match.end() : match.end() + 1]
             if following and (following == "." or following == "_" or following.isalnum()):
-                self._refuse(
+                raise self._refusal(
                     f"expected an operator after the number {match.group()[:40]}, as in 2*name", match.end()
                 )
             return _Token("number", match.group(), start)
@@ -267,4 +270,4 @@ class _Parser:
             return _Token(character, character, start)
         meant = _LOOKALIKES.get(character)
         hint = f"; did you mean '{meant}'?" if meant else ""
-        self._refuse(f"unexpected character {character!r}{hint}", start)
+        raise self._refusal(f"unexpected character {character!r}{hint}", start)

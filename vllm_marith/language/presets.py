@@ -3,14 +3,14 @@
     name: preadd                       # default: the file's name without .yaml
     description: PreAdd, ...           # one or a few sentences
     paper: arXiv 2307.03214
-    terms:                             # name -> system / prompt / model / adapter / classifier / speculative_factor
+    terms:                             # name -> system, prompt, model, adapter, classifier, speculative_factor
       toxic:
         prompt: "The following text is ...\\n{input}"
     formula: base - 0.6*toxic          # optional: a file may only define terms
     normalize: sum                     # default
 
-The terms of all files share one name space, so that a formula in one file, or in a request, can use those of another.
-Everything is checked when the files are read; a server with a mistake in its presets does not start.
+The terms of all files share one name space, so that a formula in one file, or in a request, can use those of
+another.  Everything is checked when the files are read; a server with a mistake in its presets does not start.
 """
 
 from __future__ import annotations
@@ -184,8 +184,8 @@ def _shared_terms(files: list[_File]) -> dict[str, Term]:
         for name, term in file.terms():
             if terms.setdefault(name, term) != term:
                 raise file.error(
-                    f"the term '{name}' is defined differently in {first_with[name].path}; the terms of all files "
-                    "share one name space",
+                    f"the term '{name}' is defined differently in {first_with[name].path}; "
+                    "the terms of all files share one name space",
                     "terms",
                     name,
                 )

@@ -4,8 +4,8 @@ Either a bare formula over what the server defines, or JSON:
 
     {"formula": "child - 0.6*adult", "terms": {"child": {"system": "You are a child."}}, "normalize": "sum"}
 
-A name means, in this order: a term of the request; a term of the server's presets; a preset, i.e. its formula in
-parentheses; `base`, the request as it is.  Nothing here trusts its input.
+A name means, in this order: a term of the request; a term of the server's presets; a preset, i.e. its
+formula in parentheses; `base`, the request as it is.  Nothing here trusts its input.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def parse_request(
         )
     if len(value) > limits.max_request_chars:
         raise FormulaError(
-            f"'{REQUEST_KEY}' has {len(value)} characters; {limits.max_request_chars} is the most that is read"
+            f"'{REQUEST_KEY}' has {len(value)} characters; {limits.max_request_chars} is the most"
         )
     spec = _decode(value) if value.lstrip().startswith("{") else RequestSpec(formula=value)
     if len(spec.terms) > limits.max_terms:
@@ -107,8 +107,8 @@ def resolve_formula(
     for name, formula in names.presets.items():
         if formula.normalize != normalize:
             raise FormulaError(
-                f"the preset '{name}' has normalize: {formula.normalize} and cannot be part of a formula with "
-                f"normalize: {normalize}"
+                f"the preset '{name}' has normalize: {formula.normalize} and cannot be part of a formula "
+                f"with normalize: {normalize}"
             )
     formula = Formula(root, names.terms, normalize)
     if len(formula.terms) > limits.max_terms:
@@ -169,8 +169,8 @@ class _Names:
     def _use(self, name: str, term: Term) -> Node:
         if self.terms.setdefault(name, term) != term:
             raise FormulaError(
-                f"the term '{name}' has two definitions in this formula, the request's own and that of a preset it "
-                "names; give the request's own term another name"
+                f"the term '{name}' has two definitions in this formula, the request's own and that of a "
+                "preset it names; give the request's own term another name"
             )
         return Leaf(name)
 

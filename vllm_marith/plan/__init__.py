@@ -1,4 +1,4 @@
-"""From a formula to the program that a worker runs.  Pure Python; imports `language` and nothing else of ours."""
+"""From a formula to the program that a worker runs.  Pure Python; of ours it imports only `language`."""
 
 from vllm_marith.plan.program import NO_TERM, Instruction, Plan, lower
 

@@ -58,7 +58,8 @@ def _terms(formula: Formula, plan: Plan) -> Iterator[str]:
             notes.append("not run: its weights cancel")
         elif not any(term_index == plan.terms.index(name) for _, term_index, _ in plan.instructions):
             notes.append("weight 0")
-        yield f"{name:<{width}}  {_term(term)}{f'  ({", ".join(notes)})' if notes else ''}"
+        told = f"  ({', '.join(notes)})" if notes else ""
+        yield f"{name:<{width}}  {_term(term)}{told}"
 
 
 def _term(term: Term) -> str:

@@ -1,17 +1,18 @@
 """Formula -> program: what a worker does for each row of logits, as plain data.
 
-A program is a list of instructions (op, term, weight) for a small stack machine whose slots hold, for every token,
-an energy E and, only where the plan divides, a weight N:
+A program is a list of instructions (op, term, weight) for a small stack machine whose slots hold, for every
+token, an energy E and, only where the plan divides, a weight N:
 
     push       new slot:  E = weight * log Q_term,  N = weight
     add        top slot:  E += weight * log Q_term,  N += weight
     max, min   top slot:  E = max(E, weight * log Q_term);  N is that of the winner, the slot's own on a tie
-    scale      top slot:  E *= weight,  N *= weight                        (its term is -1 and means nothing)
+    scale      top slot:  E *= weight,  N *= weight
     pop_add, pop_max, pop_min
-               a = pop the top slot, then as add, max, min with weight * a (their term is -1 and means nothing)
+               a = pop the top slot, then as add, max, min with weight * a
 
-For push, add, max and min the term -1 is the number one: E = 1, N = 1.  No multiplication turns -inf into anything
-else, whatever the weight's sign.  The first instruction is a push and exactly one slot remains at the end.
+For push, add, max and min the term -1 is the number one: E = 1, N = 1; the others read no term, and theirs is
+always -1.  No multiplication turns -inf into anything else, whatever the weight's sign.  The first instruction
+is a push, and exactly one slot remains at the end.
 
 The result is P = softmax(E), or softmax(E / N) where the plan divides.
 """
@@ -52,13 +53,13 @@ class Plan:
     """A formula ready to run.  Plain data: it is pickled, and read by packages that know nothing of this one.
 
     Attributes:
-        terms: names, leader first, the others in order of first appearance.  A term whose weights cancel is left
-            out; the leader stays, because its tokens are what the client sees.
+        terms: names, leader first, the others in order of first appearance.  A term whose weights cancel is
+            left out; the leader stays, because its tokens are what the client sees.
         instructions: the program; term indices point into `terms`.
         depth: largest number of slots in use at once.
-        linear: no max or min.  Then E only needs the logits: each row's log-sum-exp is a constant that cancels.
-        divide: E must be divided by N per token.  Only nonlinear formulas under normalize "sum" whose N is not
-            the same for all tokens; everywhere else 1/N is in the weights already.
+        linear: no max or min.  Then E needs only the logits: a row's log-sum-exp is a constant that cancels.
+        divide: E must be divided by N per token.  Only nonlinear formulas under normalize "sum" whose N is
+            not the same for all tokens; everywhere else 1/N is in the weights already.
         weight: (lowest, highest) N of the formula as written, before any 1/N.
     """
 
@@ -108,7 +109,7 @@ def _distribute(node: Node, factor: float = 1.0) -> Node:
     """`factor * node` with positive factors moved into unions and intersections, where they cost nothing.
 
     c*max(a, b) = max(c*a, c*b) for c > 0.  For c < 0 it would be a min, which treats -inf differently.
-    Only for plans that do not divide: a product rounded differently may decide a tie differently, and with it N.
+    Only for plans that do not divide: a product rounded differently may decide a tie, and N, differently.
     """
     match node:
         case Sum(operands):
