@@ -93,9 +93,7 @@ def _inputs(formula: Formula, logits: Mapping[str, Any]) -> tuple[dict[str, torc
         value = logits[name]
         if not isinstance(value, numpy.ndarray | torch.Tensor):
             kind = type(value).__name__
-            raise FormulaError(
-                f"the logits of '{name}' must be a torch tensor or numpy array, not a {kind}"
-            )
+            raise FormulaError(f"the logits of '{name}' must be a torch tensor or numpy array, not a {kind}")
         tensor = torch.as_tensor(value)
         if tensor.is_complex():
             raise FormulaError(f"the logits of '{name}' are complex numbers")

@@ -191,9 +191,7 @@ class _Parser:
     def _enter(self, opening: _Token, nesting: int) -> None:
         """Use the token that opens a parenthesis."""
         if nesting >= self.limits.max_depth:
-            raise self._refusal(
-                f"the formula is nested more than {self.limits.max_depth} deep", opening.position
-            )
+            raise self._refusal(f"nested more than {self.limits.max_depth} deep", opening.position)
         self._take()
 
     def _close(self, opening: _Token) -> None:

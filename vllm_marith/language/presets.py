@@ -3,14 +3,14 @@
     name: preadd                       # default: the file's name without .yaml
     description: PreAdd, ...           # one or a few sentences
     paper: arXiv 2307.03214
-    terms:                             # name -> system, prompt, model, adapter, classifier, speculative_factor
+    terms:                             # name -> the fields of a Term
       toxic:
         prompt: "The following text is ...\\n{input}"
     formula: base - 0.6*toxic          # optional: a file may only define terms
     normalize: sum                     # default
 
 The terms of all files share one name space, so that a formula in one file, or in a request, can use those of
-another.  Everything is checked when the files are read; a server with a mistake in its presets does not start.
+another.  Everything is checked when the files are read; a server with a mistake in them does not start.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def resolve_formula(
         if formula.normalize != normalize:
             raise FormulaError(
                 f"the preset '{name}' has normalize: {formula.normalize} and cannot be part of a formula "
-                f"with normalize: {normalize}"
+                f"with normalize: {normalize}; ask for normalize: {formula.normalize}, for the whole formula"
             )
     formula = Formula(root, names.terms, normalize)
     if len(formula.terms) > limits.max_terms:

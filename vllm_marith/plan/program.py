@@ -10,9 +10,9 @@ token, an energy E and, only where the plan divides, a weight N:
     pop_add, pop_max, pop_min
                a = pop the top slot, then as add, max, min with weight * a
 
-For push, add, max and min the term -1 is the number one: E = 1, N = 1; the others read no term, and theirs is
-always -1.  No multiplication turns -inf into anything else, whatever the weight's sign.  The first instruction
-is a push, and exactly one slot remains at the end.
+For push, add, max and min the term -1 is the number one: E = 1, N = 1.  The others read no term; theirs is
+always -1.  No multiplication turns -inf into anything else, whatever the weight's sign.  The first
+instruction is a push, and exactly one slot remains at the end.
 
 The result is P = softmax(E), or softmax(E / N) where the plan divides.
 """
