@@ -32,7 +32,7 @@ def install() -> None:
 
 def warmup(device: torch.device) -> None:
     """Compiles the fusion kernels now rather than under the first request."""
-    marith_kernels.warmup(device)
+    marith_kernels.warmup(device=device)
 
 
 def _with_fusion(sample_tokens: Any) -> Any:

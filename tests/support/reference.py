@@ -1,0 +1,64 @@
+"""The plain reference: Hugging Face transformers in float32, one forward per term, no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from vllm_marith import Formula
+
+
+@lru_cache(maxsize=4)
+def load(path: str) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+@dataclass
+class Reference:
+    """A continuation under a formula.
+
+    tokens: greedy choices, or the tokens that were forced.
+    margins: per step, how far the best log-probability is above the second.
+    logprobs: per step, the formula's log-probability of the token.
+    """
+
+    tokens: list[int]
+    margins: list[float]
+    logprobs: list[float]
+
+
+@torch.inference_mode()
+def generate(
+    model: str, formula: Formula, prompts: Mapping[str, Sequence[int]], length: int, force: Sequence[int] = ()
+) -> Reference:
+    """Greedy decoding of `formula`, whose terms continue `prompts` (name -> token ids)."""
+    network = load(str(model))
+    caches = dict.fromkeys(prompts)
+    inputs = {name: torch.tensor([list(ids)]) for name, ids in prompts.items()}
+    found = Reference([], [], [])
+    for step in range(length):
+        logits = {}
+        for name, ids in inputs.items():
+            output = network(ids, past_key_values=caches[name], use_cache=True)
+            caches[name] = output.past_key_values
+            logits[name] = output.logits[0, -1]
+        distribution = formula.evaluate(logits, dtype=torch.float64)
+        best = distribution.topk(2)
+        token = int(force[step]) if force else int(best.indices[0])
+        found.tokens.append(token)
+        found.margins.append(float(best.values[0] - best.values[1]))
+        found.logprobs.append(float(distribution[token]))
+        inputs = dict.fromkeys(prompts, torch.tensor([[token]]))
+    return found
+
+
+@torch.inference_mode()
+def next_distribution(model: str, formula: Formula, prompts: Mapping[str, Sequence[int]]) -> torch.Tensor:
+    """float64 log-probabilities ``[vocab]`` of the token after the prompts."""
+    network = load(str(model))
+    logits = {name: network(torch.tensor([list(ids)])).logits[0, -1] for name, ids in prompts.items()}
+    return formula.evaluate(logits, dtype=torch.float64)

@@ -1,0 +1,124 @@
+"""Where requests are intercepted in the frontend process; every target stands in the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+from .. import patches
+from ..group import KEY
+from .admission import admission_of, refuse
+from .source import SOURCE, Chat, Completion
+
+_RENDERER = "vllm.renderers.base:BaseRenderer"
+_ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+
+
+def install() -> None:
+    """Wraps renderers and input processor; idempotent, once per frontend process."""
+    patches.patch(f"{_RENDERER}.render_cmpl", _remember_completions)
+    patches.patch(f"{_RENDERER}.render_cmpl_async", _remember_completions_async)
+    patches.patch(f"{_RENDERER}.render_chat", _remember_chats)
+    patches.patch(f"{_RENDERER}.render_chat_async", _remember_chats_async)
+    patches.patch(f"{_ONLINE}.preprocess_cmpl", _admit_before_response)
+    patches.patch(f"{_ONLINE}.preprocess_chat", _admit_before_response)
+    patches.patch("vllm.v1.engine.input_processor:InputProcessor.process_inputs", _expand)
+
+
+def _note_completions(renderer: Any, prompts: Any, tok_params: Any, rendered: Any) -> Any:
+    tok_params = renderer.default_cmpl_tok_params if tok_params is None else tok_params
+    for prompt, engine_input in zip(prompts, rendered, strict=True):
+        if isinstance(prompt, dict):  # bytes are prompt embeddings
+            engine_input[SOURCE] = Completion(prompt, tok_params)
+    return rendered
+
+
+def _remember_completions(render: Any) -> Any:
+    @functools.wraps(render)
+    def remembering(self: Any, prompts: Any, tok_params: Any = None, **kwargs: Any) -> Any:
+        return _note_completions(self, prompts, tok_params, render(self, prompts, tok_params, **kwargs))
+
+    return remembering
+
+
+def _remember_completions_async(render: Any) -> Any:
+    @functools.wraps(render)
+    async def remembering(self: Any, prompts: Any, tok_params: Any = None, **kwargs: Any) -> Any:
+        rendered = await render(self, prompts, tok_params, **kwargs)
+        return _note_completions(self, prompts, tok_params, rendered)
+
+    return remembering
+
+
+def _note_chats(renderer: Any, conversations: Any, params: Any, tok_params: Any, rendered: Any) -> Any:
+    tok_params = renderer.default_chat_tok_params if tok_params is None else tok_params
+    for messages, engine_input in zip(conversations, rendered[1], strict=True):
+        engine_input[SOURCE] = Chat(messages, params, tok_params)
+    return rendered
+
+
+def _remember_chats(render: Any) -> Any:
+    @functools.wraps(render)
+    def remembering(
+        self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
+    ) -> Any:
+        rendered = render(self, conversations, chat_params, tok_params, **kwargs)
+        return _note_chats(self, conversations, chat_params, tok_params, rendered)
+
+    return remembering
+
+
+def _remember_chats_async(render: Any) -> Any:
+    @functools.wraps(render)
+    async def remembering(
+        self: Any, conversations: Any, chat_params: Any, tok_params: Any = None, **kwargs: Any
+    ) -> Any:
+        rendered = await render(self, conversations, chat_params, tok_params, **kwargs)
+        return _note_chats(self, conversations, chat_params, tok_params, rendered)
+
+    return remembering
+
+
+def _admit_before_response(preprocess: Any) -> Any:
+    """Admits a server's request while it can still be answered with HTTP 400, streaming included."""
+
+    @functools.wraps(preprocess)
+    async def admitting(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        value = (getattr(request, "vllm_xargs", None) or {}).get(KEY)
+        if value is not None and getattr(request, "use_beam_search", False):
+            refuse("beam search cannot be combined with a formula")
+        rendered = await preprocess(self, request, *args, **kwargs)
+        if value is None:
+            return rendered
+        engine_inputs = rendered[1] if isinstance(rendered, tuple) else rendered
+        max_tokens = getattr(request, "max_completion_tokens", None) or getattr(request, "max_tokens", None)
+        admission = admission_of(self.renderer)
+        for engine_input in engine_inputs:
+            # Rendering many terms takes a while; the event loop serves the others meanwhile.
+            await asyncio.get_running_loop().run_in_executor(
+                self.renderer._executor, admission.admit, engine_input, value, max_tokens
+            )
+        return rendered
+
+    return admitting
+
+
+def _expand(process_inputs: Any) -> Any:
+    @functools.wraps(process_inputs)
+    def expanding(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        extra_args = getattr(params, "extra_args", None)
+        if not extra_args or KEY not in extra_args:
+            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        if not isinstance(prompt, dict) or "type" not in prompt:
+            # vLLM still renders raw prompts in here, out of our sight: do it before.
+            tokenization = kwargs.pop("tokenization_kwargs", None) or {}
+            tok_params = self.renderer.default_cmpl_tok_params.with_kwargs(**tokenization)
+            (prompt,) = self.renderer.render_cmpl([parse_model_prompt(self.model_config, prompt)], tok_params)
+        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        admission_of(self.renderer).expand(request, prompt)
+        return request
+
+    return expanding

@@ -1,0 +1,105 @@
+"""What a rendered prompt was rendered from.
+
+vLLM hands the engine token ids; a formula's terms are rendered from the text or the messages of the
+request.  So every prompt that a renderer returns carries its `Source`, under a key that vLLM does
+not read, and each term is rendered by the same renderer with the same options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_marith.language import Term
+
+SOURCE = "marith_source"
+"""Key of an engine input that holds its `Source`."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completion prompt: text, or token ids where the client sent ids."""
+
+    prompt: Mapping[str, Any]
+    tok_params: Any
+
+    def render(self, renderer: Any, term: Term) -> list[int]:
+        """Token ids of a term's prompt: ``system + "\\n" + input``, or the template with its input.
+
+        The beginning-of-sequence token is added once, as the tokenizer does for any prompt, even
+        where a template spells it out.
+        """
+        text = self.prompt.get("prompt")
+        if isinstance(text, str):
+            (engine_input,) = renderer.render_cmpl([{"prompt": _fill(term, text)}], self.tok_params)
+            return _single_bos(renderer, engine_input["prompt_token_ids"])
+        return self._around_ids(renderer, term, list(self.prompt["prompt_token_ids"]))
+
+    def _around_ids(self, renderer: Any, term: Term, ids: list[int]) -> list[int]:
+        # The client's own token ids are kept; only what the term puts around them is tokenized.
+        mark = "\0"
+        head, found, tail = _fill(term, mark).partition(mark)
+        encode = renderer.get_tokenizer().encode
+        before = encode(head)
+        if not found:
+            return _single_bos(renderer, before)
+        bos = renderer.get_bos_token_id()
+        if before and bos is not None and before[0] == bos and ids[:1] == [bos]:
+            ids = ids[1:]
+        after = encode(tail, add_special_tokens=False) if tail else []
+        return _single_bos(renderer, [*before, *ids, *after])
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation and how it is turned into a prompt."""
+
+    messages: Sequence[Mapping[str, Any]]
+    chat_params: Any
+    tok_params: Any
+
+    def render(self, renderer: Any, term: Term) -> list[int]:
+        """Token ids of the conversation with the term's system message, through the chat template.
+
+        A term with a ``prompt`` template rewrites the last user message instead.
+
+        Raises:
+            ValueError: the template has no user message of text to rewrite.
+        """
+        messages = [dict(message) for message in self.messages]
+        if term.system is not None:
+            if messages and messages[0].get("role") in ("system", "developer"):
+                messages[0]["content"] = term.system
+            else:
+                messages.insert(0, {"role": "system", "content": term.system})
+        elif term.prompt is not None:
+            users = [m for m in messages if m.get("role") == "user"]
+            if not users:
+                raise ValueError("its prompt template needs a user message to rewrite, and there is none")
+            users[-1]["content"] = term.render(_text(users[-1].get("content")))
+        _, (engine_input,) = renderer.render_chat([messages], self.chat_params, self.tok_params)
+        return list(engine_input["prompt_token_ids"])
+
+
+Source = Completion | Chat
+
+
+def _fill(term: Term, text: str) -> str:
+    return f"{term.system}\n{text}" if term.system is not None else term.render(text)
+
+
+def _text(content: Any) -> str:
+    """The text of a message, whose content is a string or a list of parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    if not parts or any(not isinstance(p, Mapping) or p.get("type") != "text" for p in parts):
+        raise ValueError("its prompt template can only rewrite a user message of text")
+    return "\n".join(str(part["text"]) for part in parts)
+
+
+def _single_bos(renderer: Any, ids: Sequence[int]) -> list[int]:
+    bos = renderer.get_bos_token_id()
+    doubled = bos is not None and len(ids) > 1 and ids[0] == bos == ids[1]
+    return list(ids[1:] if doubled else ids)
