@@ -1,0 +1,146 @@
+"""Arithmetic for the compiled CPU backend: what numba lacks, and what it does too slowly.
+
+Loops over these functions vectorise because there is no call in them: `exp` is a polynomial here (libm's is
+scalar without SVML) and `maximum` is the LLVM instruction. Of fast-math, `ninf` and `nnan` stay out: -inf
+is data.
+
+Nothing here is cached on its own: numba would not notice that an inner function has changed. See
+`numba_cpu._on_disk`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+NEG_INF = np.float32(-np.inf)
+ZERO = np.float32(0)
+ONE = np.float32(1)
+
+BLOCK = 1024  # tokens between two looks at the running maximum
+HEADROOM = np.float32(
+    60
+)  # an exponential may lie this far above the running maximum; BLOCK * exp(60) is finite
+
+FAST = {"contract", "reassoc"}
+inline = njit(fastmath=FAST, nogil=True)
+
+
+@intrinsic
+def pointer(typingctx, address, like):
+    """The integer `address` as a pointer to elements of `like`'s type."""
+    result = types.CPointer(like)
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(result))
+
+    return result(address, like), codegen
+
+
+@intrinsic
+def take(typingctx, address):
+    """Atomically fetch the int64 at `address` and add one to it."""
+
+    def codegen(context, builder, signature, args):
+        pointer = builder.inttoptr(args[0], ir.PointerType(ir.IntType(64)))
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def maximum(typingctx, a, b):
+    """llvm.maxnum, which vectorises also as a reduction; for -inf an ordinary maximum."""
+
+    def codegen(context, builder, signature, args):
+        f32 = ir.FloatType()
+        function = builder.module.declare_intrinsic("llvm.maxnum", [f32], ir.FunctionType(f32, [f32, f32]))
+        return builder.call(function, args, fastmath=("nsz", "nnan"))
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+def widen(value):
+    """A stored logit as float32. bfloat16 is stored as uint16 and float16 as int16, which numba does have."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(widen, inline="always")
+def _widen(value):
+    if value == types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    if value == types.int16:
+
+        def from_float16(value):
+            bits = np.uint32(np.uint16(value))
+            # the 15 bits under the sign, moved to float32's place, are the value short of 2 ** (127 - 15)
+            scaled = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(
+                2.0**112
+            )
+            special = (
+                np.uint32(0x7F800000) if (bits & np.uint32(0x7C00)) == np.uint32(0x7C00) else np.uint32(0)
+            )
+            sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
+            return np.uint32(scaled.view(np.uint32) | special | sign).view(np.float32)
+
+        return from_float16
+    return lambda value: value
+
+
+@inline
+def exp(x):
+    """exp(x) for x <= HEADROOM to 1e-7 relative, after Cephes' expf; below -87 it stays at exp(-87)."""
+    x = max(x, np.float32(-87.0))
+    n = np.float32(np.rint(x * np.float32(1.4426950408889634)))
+    f = (x - n * np.float32(0.693145751953125)) - n * np.float32(1.42860682030941723212e-6)
+    p = np.float32(1.9875691500e-4)
+    p = p * f + np.float32(1.3981999507e-3)
+    p = p * f + np.float32(8.3334519073e-3)
+    p = p * f + np.float32(4.1665795894e-2)
+    p = p * f + np.float32(1.6666665459e-1)
+    p = p * f + np.float32(5.0000001201e-1)
+    p = p * f * f + f + ONE
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@inline
+def max_and_sum(x):
+    """(max x, sum exp(x - max x)); (-inf, 0) where everything is -inf. One read but for the first block."""
+    peak = _max_of(x[:BLOCK])
+    total = ZERO
+    for lo in range(0, x.size, BLOCK):
+        block = x[lo : lo + BLOCK]
+        high, subtotal = _max_and_sum_above(block, peak)
+        if high > peak + HEADROOM:  # the exponentials have overflown, or there was no peak yet
+            total *= ZERO if peak == NEG_INF else np.float32(math.exp(peak - high))
+            peak = high
+            high, subtotal = _max_and_sum_above(block, peak)
+        if peak > NEG_INF:
+            total += subtotal
+        if high > peak:
+            total *= np.float32(math.exp(peak - high))
+            peak = high
+    return peak, total
+
+
+@inline
+def _max_of(x):
+    high = NEG_INF
+    for i in range(x.size):
+        high = maximum(high, widen(x[i]))
+    return high
+
+
+@inline
+def _max_and_sum_above(x, peak):
+    """(max x, sum exp(x - peak)) in one pass; the sum holds up to max x = peak + HEADROOM."""
+    high, total = NEG_INF, ZERO
+    for i in range(x.size):
+        value = widen(x[i])
+        high = maximum(high, value)
+        total += exp(value - peak)
+    return high, total
