@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
+
+    from vllm_marith.language import Formula
 
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
@@ -44,3 +46,12 @@ def offline_llm(model: str | Path, **options: Any) -> LLM:
     from vllm import LLM
 
     return LLM(str(model), **(defaults | options))
+
+
+def sampling_params(formula: Formula | None = None, **options: Any) -> SamplingParams:
+    """`vllm.SamplingParams(**options)` that carry `formula`, or none: a plain request."""
+    if formula is not None:
+        return formula.sampling_params(**options)
+    from vllm import SamplingParams
+
+    return SamplingParams(**options)

@@ -35,7 +35,6 @@ def bert(vocabulary: int, recipe: BertRecipe) -> BertForSequenceClassification:
             num_attention_heads=recipe.heads,
             intermediate_size=recipe.inner,
             max_position_embeddings=CONTEXT,
-            num_labels=len(ATTRIBUTES),
             id2label=dict(enumerate(ATTRIBUTES)),
             label2id={name: index for index, name in enumerate(ATTRIBUTES)},
             pad_token_id=PAD,

@@ -92,7 +92,7 @@ def build(recipe: CorpusRecipe) -> Corpus:
 
     Raises `CorpusError` where a part would have next to nothing of an attribute.
     """
-    collector = _Collector(recipe.characters)
+    collector = Collector(recipe.characters)
     for key, text in _licences():
         if collector.full("legal"):
             break
@@ -147,7 +147,7 @@ def runs(paragraph: str, words: int = 8) -> set[int]:
     }
 
 
-class _Collector:
+class Collector:
     """Gathers paragraphs by (attribute, file), drops near-duplicates, stops at a size."""
 
     def __init__(self, characters: int) -> None:

@@ -1,0 +1,202 @@
+"""`marith`: the command.
+
+    marith models     make the embedded models, or list them
+    marith demo       watch formulas steer a model on this machine
+    marith explain    what a formula means, without running it
+    marith check      whether this environment can serve formulas
+    marith bench      the benchmarks of a checkout
+
+Exit codes: 0 done; 1 a mistake or a missing part, told in a sentence; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_marith.language import Formula, FormulaError, PresetError, Presets, parse_request
+from vllm_marith.models import ARTEFACTS, ModelsError, Paths, default_home, ensure
+from vllm_marith.models.store import is_made, manifest, summary
+
+app = typer.Typer(
+    name="marith",
+    help="Language-model arithmetic for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+INTERRUPTED = 130
+"""What a shell reports for a process that Ctrl-C ended."""
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option(help="Where the models are kept (default: MARITH_HOME or ~/.cache/vllm-marith)."),
+]
+
+
+class UserError(Exception):
+    """A mistake of the user's, or something missing; the message is all there is to print."""
+
+
+def main() -> None:
+    """Entry point of the `marith` script."""
+    try:
+        app(prog_name="marith")
+    except (UserError, FormulaError, PresetError, ModelsError) as error:
+        print(f"marith: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+@app.command()
+def models(
+    home: HomeOption = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Make only these, and what they need: {', '.join(ARTEFACTS)}.  Repeatable."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Make them again even if they are there.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Only show what is there.")] = False,
+) -> None:
+    """Make the small embedded models from text on this machine: minutes once, nothing afterwards."""
+    if listing:
+        Console().print(_inventory(Paths.under(home or default_home())))
+        return
+    names = [name.strip() for value in only for name in value.split(",")] if only else None
+    print(ensure(home, only=names, force=force).home)
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=8, max=256, help="Length of each text.")] = 64,
+    samples: Annotated[int, typer.Option(min=2, max=1000, help="Texts per formula to judge.")] = 64,
+    seed: Annotated[int, typer.Option(help="Another seed, other texts.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of sampling.")] = 0.8,
+    home: HomeOption = None,
+) -> None:
+    """Steer a small model with formulas, on this machine and through vLLM, and measure what happened.
+
+    The first run makes the models (about three minutes on two cores); later runs take seconds.
+    """
+    from vllm_marith.demo import run
+
+    try:
+        run(home, tokens=tokens, samples=samples, seed=seed, temperature=temperature)
+    except ImportError as error:
+        raise UserError(
+            f"the demo needs the package {error.name!r}; pip install 'vllm-marith[cpu]' brings it"
+        ) from error
+
+
+@app.command()
+def explain(
+    formula: Annotated[str, typer.Argument(help="Such as 'child - 0.6*adult', or a request's JSON.")],
+    terms: Annotated[
+        str | None, typer.Option(help="""Terms as JSON: '{"child": {"system": "You are a child."}}'.""")
+    ] = None,
+    presets: Annotated[
+        Path | None,
+        typer.Option(help="A folder of presets; every name must then be defined, as on a server."),
+    ] = None,
+    normalize: Annotated[str | None, typer.Option(help="sum (the default) or none.")] = None,
+) -> None:
+    """Print what a formula means: weights, terms and the program that a step runs; or why it is refused."""
+    print(_formula(formula, terms, presets, normalize).explain())
+
+
+@app.command()
+def check() -> None:
+    """Say whether this environment can serve formulas; exit code 1 if not."""
+    report: list[tuple[str, bool, str]] = [
+        (
+            "python",
+            (3, 11) <= sys.version_info[:2] < (3, 14),
+            f"{platform.python_version()}; 3.11 to 3.13 are supported",
+        )
+    ]
+    try:
+        from vllm_marith.engine.plugin import environment_report
+    except ImportError as error:
+        report.append(("engine", False, f"cannot be imported: {error}"))
+    else:
+        report += environment_report()
+    paths = Paths.under(default_home())
+    made = [name for name in ARTEFACTS if is_made(name, paths.home)]
+    told = f"{len(made)} of {len(ARTEFACTS)} made in {paths.home}"
+    report.append(
+        ("models", True, told if len(made) == len(ARTEFACTS) else f"{told}; `marith models` makes all")
+    )
+    table = Table.grid(padding=(0, 2))
+    for name, fine, sentence in report:
+        table.add_row("[green]ok[/]" if fine else "[red]no[/]", name, sentence)
+    Console().print(table)
+    if not all(fine for _, fine, _ in report):
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Run the benchmarks of a checkout; arguments are passed on (`marith bench -- --help` lists them)."""
+    script = Path(__file__).resolve().parents[1] / "scripts" / "bench.py"
+    if not script.is_file():
+        raise UserError(
+            f"the benchmarks are part of a checkout of vllm-marith (scripts/bench.py); there is no {script}"
+        )
+    raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
+
+
+def _formula(text: str, terms: str | None, presets: Path | None, normalize: str | None) -> Formula:
+    """The formula of `explain`'s arguments."""
+    if text.lstrip().startswith("{"):
+        if terms or normalize:
+            raise UserError(
+                "a request's JSON has its own terms and normalize; --terms and --normalize do not apply"
+            )
+        return parse_request(text, presets=Presets.load(presets) if presets else None)
+    defined = _json_object(terms, "--terms") if terms else {}
+    if presets is None:
+        return Formula.parse(text, defined, normalize or "sum").check()
+    request = {"formula": text, "terms": defined} | ({"normalize": normalize} if normalize else {})
+    return parse_request(json.dumps(request), presets=Presets.load(presets))
+
+
+def _json_object(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{option} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{option} must be a JSON object from names to terms")
+    return value
+
+
+def _inventory(paths: Paths) -> Table:
+    """What is made, how long it took and what it measured."""
+    table = Table(title=str(paths.home), title_justify="left", box=None)
+    for column in ("model", "state", "seconds", "on held-out text"):
+        table.add_column(column, justify="right" if column == "seconds" else "left")
+    for name in ARTEFACTS:
+        found = manifest(paths.home / name)
+        state = "made" if is_made(name, paths.home) else "outdated" if found else "missing"
+        seconds = f"{found['seconds']:.0f}" if found else ""
+        table.add_row(name, state, seconds, summary(found.get("held_out", {})))
+    return table
+
+
+if __name__ == "__main__":
+    main()
