@@ -19,7 +19,7 @@ class SettingsError(ValueError):
     """A server setting that cannot be used; the text names it."""
 
 
-@dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Limits:
     """Bounds on one request's formula.  All of them are inclusive.
 
@@ -33,12 +33,12 @@ class Limits:
             always bounded by the model's context); held by admission, which is who counts tokens.
     """
 
-    max_terms: Annotated[int, Field(ge=1)] = 16
-    max_nodes: Annotated[int, Field(ge=1)] = 256
-    max_depth: Annotated[int, Field(ge=1, le=MAX_NESTING)] = 16
-    max_formula_chars: Annotated[int, Field(ge=1)] = 4096
-    max_template_chars: Annotated[int, Field(ge=1)] = 32768
-    max_prompt_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_terms: Annotated[int, Field(ge=1, strict=True)] = 16
+    max_nodes: Annotated[int, Field(ge=1, strict=True)] = 256
+    max_depth: Annotated[int, Field(ge=1, le=MAX_NESTING, strict=True)] = 16
+    max_formula_chars: Annotated[int, Field(ge=1, strict=True)] = 4096
+    max_template_chars: Annotated[int, Field(ge=1, strict=True)] = 32768
+    max_prompt_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Limits:

@@ -1,0 +1,59 @@
+"""What `formula.explain()` shows."""
+
+from hypothesis import given
+
+from tests.language.strategies import formulas
+from vllm_marith import Formula
+
+TERMS = {
+    "child": {"system": "You are a child."},
+    "adult": {"system": "You are an adult. " * 10},
+    "magic": {"prompt": "Always talk about magic.\n{input}", "model": "small"},
+}
+
+
+def test_a_formula_with_a_constant_sum():
+    assert Formula.parse("child - 0.6*adult + 2*union(child, magic)", TERMS).explain() == (
+        "formula    child - 0.6*adult + 2*union(child, magic)\n"
+        "normalize  sum: softmax(E / N), N = 2.4\n"
+        "weights      0.416667  child\n"
+        "                -0.25  adult\n"
+        "             0.833333  union(child, magic)\n"
+        "terms      child  system 'You are a child.'  (leader)\n"
+        "           adult  system 'You are an adult. You are an adult. You are an adult. You a…'\n"
+        "           magic  prompt 'Always talk about magic.\\n{input}', model small\n"
+        "forward    3 rows a token, one for each term\n"
+        "fusion     nonlinear, log-sum-exp of every term first; 1 slot\n"
+        "program    push     0.833333 * child\n"
+        "           max      0.833333 * magic\n"
+        "           add      0.416667 * child\n"
+        "           add      -0.25 * adult"
+    )
+
+
+def test_a_formula_that_divides_per_token():
+    text = Formula.parse("union(2*child, 0.5*magic) + 1", TERMS).explain()
+    assert "sum: softmax(E / N), N from 1.5 to 3 from token to token" in text
+    assert "; divides by N per token" in text
+    assert text.endswith("add      1")
+
+
+def test_terms_that_do_no_work():
+    text = Formula.parse("0*a - b + b + child", TERMS).explain()
+    assert "a      the request as it is  (leader, weight 0)" in text
+    assert "b      the request as it is  (not run: its weights cancel)" in text
+    assert "forward    2 rows a token" in text
+    assert "fusion     linear, one pass over the logits; 1 slot" in text
+
+
+def test_unnormalized():
+    text = Formula.parse("child - adult", TERMS, normalize="none").explain()
+    assert "normalize  none: softmax(E)" in text
+    assert "                -1  adult" in text
+
+
+@given(formulas)
+def test_every_formula_can_be_explained(formula):
+    lines = formula.explain().splitlines()
+    assert all(len(line) > 11 for line in lines)
+    assert not any(line != line.rstrip() for line in lines)
