@@ -13,9 +13,9 @@ import vllm_marith
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("vllm_marith/**/*.py"), *ROOT.glob("kernels/marith_kernels/**/*.py")])
 
-# Room -> the rooms of ours that it may import; its own is always open.  A room is the longest prefix that is listed.
-# Modules that are not listed (the demonstration, say) are what the command line is made of: only the command line and
-# their like may import them, and they may import every room.
+# Room -> the rooms of ours that it may import; its own is always open.  A module's room is its longest prefix
+# that is listed.  Modules that are not listed (the demonstration, say) are what the command line is made of: only
+# the command line and their like may import them, and they may import every room.
 ALL_BUT_CLI = {"language", "plan", "engine", "kernels", "serving", "distributed", "models"}
 DOORS = {
     "kernels": set(),
@@ -34,7 +34,7 @@ DOORS = {
 }
 # Functions of `language` that may reach for `plan` when they are called.
 LAZY = {"explain", "lower"}
-# One process each: they meet in engine.group's plain data.  Only the plugin, which registers them, knows all three.
+# One process each: they meet in engine.group's plain data.  Only the plugin, which registers them, knows all.
 PROCESSES = {"engine.frontend", "engine.core", "engine.worker"}
 MAY_IMPORT_VLLM = {"engine", "serving", "distributed"}
 

@@ -59,7 +59,7 @@ formulas = st.one_of(
 
 @st.composite
 def logits(draw: st.DrawFn, masks: bool = True) -> dict[str, np.ndarray]:
-    """float64 [3, 12] for each term of NAMES: equal rows, peaked rows, and (with `masks`) -inf, up to whole rows."""
+    """float64 [3, 12] for each of NAMES: flat or peaked, and with `masks` some -inf, up to whole rows."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     shape = (3, 12)
     scale = draw(st.sampled_from([0.0, 1.0, 30.0]))

@@ -199,8 +199,8 @@ def test_what_is_defined_is_listed_with_a_suggestion():
     with pytest.raises(FormulaError) as caught:
         parse_request("base - 0.5*yung", presets=PRESETS)
     assert str(caught.value) == (
-        "'yung' is not defined at column 12; did you mean 'young'? defined are: adult, base, both, child, poe, "
-        "young\n  base - 0.5*yung\n             ^"
+        "'yung' is not defined at column 12; did you mean 'young'? defined are: adult, base, both, child, "
+        "poe, young\n  base - 0.5*yung\n             ^"
     )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +15,10 @@ if TYPE_CHECKING:
 
     from vllm_marith.language import Formula
 
-QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
 
 CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: starts in seconds instead of half a minute
@@ -26,26 +33,43 @@ CPU_OPTIONS: dict[str, Any] = {
 
 
 def offline_llm(model: str | Path, **options: Any) -> LLM:
-    """A `vllm.LLM` that accepts formulas, in this process, with vLLM's start-up talk kept quiet.
+    """A `vllm.LLM` that accepts formulas, in this process.
 
     Without a GPU, vLLM's defaults are replaced by ones that suit a small model on a few cores
     (`CPU_OPTIONS`).  `options` go to `vllm.LLM` and win over all defaults; so do environment variables that
-    are set already.  Call it before anything imports vllm: some of the variables are read on import.
+    are set already.  What vLLM and torch say while starting is kept quiet unless VLLM_LOGGING_LEVEL is set.
+    Call it before anything imports torch or vllm: they read some of the variables on import.
     """
-    import torch
+    _set_defaults({"VLLM_NO_USAGE_STATS": "1"})
+    with nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else _quiet():
+        import torch
 
-    on_cpu = not torch.cuda.is_available()
-    for name, value in (QUIET | CPU_ENVIRONMENT if on_cpu else QUIET).items():
+        on_cpu = not torch.cuda.is_available()
+        defaults: dict[str, Any] = {"logits_processors": ["marith"], "use_tqdm_on_load": False}
+        if on_cpu:
+            defaults |= CPU_OPTIONS
+            _set_defaults(CPU_ENVIRONMENT)
+        if Path(model).is_dir():
+            _set_defaults({"HF_HUB_OFFLINE": "1"})
+
+        from vllm import LLM
+
+        return LLM(str(model), **(defaults | options))
+
+
+def _set_defaults(environment: dict[str, str]) -> None:
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
-    defaults: dict[str, Any] = {"logits_processors": ["marith"], "use_tqdm_on_load": False}
-    if on_cpu:
-        defaults |= CPU_OPTIONS
-    if Path(model).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from vllm import LLM
 
-    return LLM(str(model), **(defaults | options))
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors only, from the environment's readers, from Python's warnings and from torch's logger."""
+    _set_defaults(QUIET)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns that a CPU has no Triton
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def sampling_params(formula: Formula | None = None, **options: Any) -> SamplingParams:

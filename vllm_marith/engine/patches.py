@@ -8,6 +8,7 @@ only place that assigns to a vLLM symbol, so that nothing can be touched without
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -173,6 +174,19 @@ LEDGER: tuple[Entry, ...] = (
         ("self", "logits", "spec_decode_metadata"),
     ),
 )
+
+
+def shield_llvmlite() -> None:
+    """Lets vLLM start a second engine in a process that has numba loaded.
+
+    On CPUs without Triton, ``vllm.triton_utils.dispatcher`` looks into the ``__dict__`` of every module
+    attribute.  llvmlite's library handle answers any attribute with a wrapped C function, for
+    ``__dict__`` too, and the look fails.  An empty dictionary there is what an object without
+    attributes would answer.  Removal: llvmlite raising AttributeError for dunder names.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        ffi.lib._fntab.setdefault("__dict__", {})
 
 
 def _resolve(target: str) -> tuple[Any, str, Any]:

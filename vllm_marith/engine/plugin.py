@@ -47,6 +47,7 @@ def register() -> None:
                 return create_engine_config(self, *args, **kwargs)
             try:
                 check_version()
+                patches.shield_llvmlite()
                 self.logits_processors = [PROCESSOR if p in named else p for p in processors]
                 config = create_engine_config(self, *args, **kwargs)
                 enable(config)

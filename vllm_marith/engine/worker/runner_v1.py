@@ -33,6 +33,7 @@ def install() -> None:
 def warmup(device: torch.device) -> None:
     """Compiles the fusion kernels now rather than under the first request."""
     marith_kernels.warmup(device=device)
+    patches.shield_llvmlite()
 
 
 def _with_fusion(sample_tokens: Any) -> Any:

@@ -1,0 +1,79 @@
+"""Random formula requests and plain ones, and the prompts that each of their terms should have."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from pydoc_data.topics import topics
+
+from vllm_marith import Formula
+
+WORDS = sorted({w for text in topics.values() for w in text.split() if w.isalpha()})
+
+
+@dataclass
+class Job:
+    """One request.
+
+    formula: None for a plain request.
+    text: what the client sends.
+    prompts: name -> the text that the term's model should see.
+    """
+
+    text: str
+    formula: Formula | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
+    priority: int = 0
+
+    def reference_formula(self) -> Formula:
+        return self.formula or Formula.parse("base")
+
+    def reference_prompts(self) -> dict[str, str]:
+        return self.prompts or {"base": self.text}
+
+
+def words(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def job(rng: random.Random, num_terms: int, shared: str = "", longest: int = 30) -> Job:
+    """A request over `num_terms` terms of unequal prompts; 0 makes a plain request.
+
+    shared: a prefix that some of the prompts begin with, so that the prefix cache has work.
+    """
+    text = words(rng, 2, longest // 2)
+    if num_terms == 0:
+        return Job(text, priority=rng.randint(0, 2))
+    terms, prompts = {}, {}
+    for i in range(num_terms):
+        kind = rng.choice(["system", "prompt", "plain"]) if i else rng.choice(["system", "plain"])
+        head = (shared + " " if shared and rng.random() < 0.5 else "") + words(rng, 1, longest)
+        if kind == "system":
+            terms[f"t{i}"] = {"system": head}
+            prompts[f"t{i}"] = f"{head}\n{text}"
+        elif kind == "prompt":
+            terms[f"t{i}"] = {"prompt": head + " {input} so"}
+            prompts[f"t{i}"] = f"{head} {text} so"
+        else:
+            terms[f"t{i}"] = {}
+            prompts[f"t{i}"] = text
+    return Job(text, Formula.parse(_formula(rng, list(terms)), terms), prompts, rng.randint(0, 2))
+
+
+def _formula(rng: random.Random, names: list[str]) -> str:
+    """A leader of weight 1 to 2 and small weights on the rest, so that N stays positive."""
+    leader, *rest = names
+    text = f"{rng.uniform(1.5, 2):.2f}*{leader}"
+    while rest:
+        weight = rng.uniform(-0.3, 0.9)
+        sign, size = ("-" if weight < 0 else "+"), f"{abs(weight):.2f}"
+        take = min(len(rest), rng.choice([1, 1, 2, 3]))
+        if take == 1:
+            text += f" {sign} {size}*{rest[0]}"
+        else:
+            inner = [f"{rng.uniform(0.5, 1):.2f}*{name}" for name in rest[:take]]
+            kind = rng.choice(["union", "intersection"])
+            text += f" {sign} {size}*{kind}({', '.join([*inner, leader])})"
+        rest = rest[take:]
+    return text
