@@ -222,7 +222,7 @@ def test_a_long_list_of_names_is_cut():
         '{"formula": "base", "terms": {"a": {"system": "' + "x" * 10**6 + '"}}}',
         "{" * 2**20,
         "(" * 10**5,
-        "x" * 10**8,
+        "x" * 10**7,
     ],
     ids=range(9),
 )
@@ -238,7 +238,7 @@ def test_hostile_requests_are_refused_quickly(text):
     ("limits", "accepted", "refused", "sentence"),
     [
         (Limits(max_terms=2), "child + adult", "young + base", "the formula has 3 terms; 2 is the most"),
-        (Limits(max_nodes=4), "young + base - 0*0", "young + young", "the formula has more than"),
+        (Limits(max_nodes=5), "young + base", "young + young", "the formula has more than 5 terms, numbers"),
         (
             Limits(max_terms=1),
             '{"formula": "a", "terms": {"a": {}}}',
@@ -254,8 +254,7 @@ def test_hostile_requests_are_refused_quickly(text):
     ],
 )
 def test_limits(limits, accepted, refused, sentence):
-    if limits.max_nodes != 4:
-        parse_request(accepted, presets=PRESETS, limits=limits)
+    parse_request(accepted, presets=PRESETS, limits=limits)
     with pytest.raises(FormulaError) as caught:
         parse_request(refused, presets=PRESETS, limits=limits)
     assert str(caught.value).startswith(sentence)

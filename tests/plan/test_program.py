@@ -45,6 +45,17 @@ def test_a_plan_is_well_formed_plain_data(formula):
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
+@pytest.mark.parametrize(
+    "text", ["union(a, 2*b)", "union(2*b, a)", "union(a, min(c, 2*b))", "union(min(c, 2*b), a)"]
+)
+def test_the_first_operand_wins_a_tie(text):
+    """At the first two tokens log 1/4 and 2 * log 1/2 are the same float, under the weights 1 and 2."""
+    tie = np.array([0.0, 0.0, -np.inf, -np.inf])
+    values = {"a": np.zeros(4), "b": tie, "c": np.array([0.0, 0.0, -50.0, -50.0])}
+    formula = Formula.parse(text)
+    np.testing.assert_allclose(run(lower(formula), values), formula.evaluate(values), rtol=1e-12)
+
+
 def _lower(text, normalize="sum"):
     return lower(Formula.parse(text, normalize=normalize))
 

@@ -20,7 +20,7 @@ The result is P = softmax(E), or softmax(E / N) where the plan divides.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from vllm_marith.language.algebra import parts, simplify, weight_range
 from vllm_marith.language.expression import Formula
@@ -39,7 +39,6 @@ from vllm_marith.language.nodes import (
     scale,
 )
 
-Op = Literal["push", "add", "max", "min", "scale", "pop_add", "pop_max", "pop_min"]
 Instruction = tuple[str, int, float]
 
 # Term index of the number one, and of the instructions that read no term.
