@@ -20,6 +20,7 @@ from numba.extending import intrinsic, overload
 NEG_INF = np.float32(-np.inf)
 ZERO = np.float32(0)
 ONE = np.float32(1)
+SHORTFALL = np.float32(2.0**112)
 
 BLOCK = 1024  # tokens between two looks at the running maximum
 HEADROOM = np.float32(
@@ -69,7 +70,7 @@ def widen(value):
     raise NotImplementedError("compiled code only")
 
 
-@overload(widen, inline="always")
+@overload(widen)
 def _widen(value):
     if value == types.uint16:
         return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
@@ -78,14 +79,9 @@ def _widen(value):
         def from_float16(value):
             bits = np.uint32(np.uint16(value))
             # the 15 bits under the sign, moved to float32's place, are the value short of 2 ** (127 - 15)
-            scaled = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * np.float32(
-                2.0**112
-            )
-            special = (
-                np.uint32(0x7F800000) if (bits & np.uint32(0x7C00)) == np.uint32(0x7C00) else np.uint32(0)
-            )
-            sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
-            return np.uint32(scaled.view(np.uint32) | special | sign).view(np.float32)
+            size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * SHORTFALL
+            size = -NEG_INF if (bits & np.uint32(0x7C00)) == np.uint32(0x7C00) else size
+            return -size if (bits & np.uint32(0x8000)) != np.uint32(0) else size
 
         return from_float16
     return lambda value: value

@@ -33,7 +33,8 @@ ADD, MAX, MIN, PUSH, POP_ADD, POP_MAX, POP_MIN, SCALE = range(8)
 NUMBER = -1  # the leaf that is one for every token
 MAX_DEPTH = 32  # stack slots that every backend can hold
 
-_FLOAT32 = np.finfo(np.float32)
+_LARGEST = float(np.finfo(np.float32).max)
+_SMALLEST = float(np.finfo(np.float32).tiny)
 
 
 class Instruction(NamedTuple):
@@ -84,9 +85,9 @@ def _check_stack(instructions: Sequence[Instruction]) -> int:
     for at, (op, term, weight) in enumerate(instructions):
         if op not in OPS:
             raise ValueError(f"Instruction {at}: unknown operation {op!r}; known are {', '.join(OPS)}.")
-        if not abs(weight) <= _FLOAT32.max:
+        if not abs(weight) <= _LARGEST:
             raise ValueError(f"Instruction {at}: the weight {weight} is not a finite float32 number.")
-        if 0 < abs(weight) < _FLOAT32.tiny:
+        if 0 < abs(weight) < _SMALLEST:
             raise ValueError(
                 f"Instruction {at}: the weight {weight} is too small for float32; leave the term out."
             )
@@ -135,7 +136,7 @@ def _weighted_sum(instructions: Sequence[Instruction], divide: bool) -> list[tup
     terms = [(t, w / unit) for t, w in stack[0] if t != NUMBER and w != 0]
     number = math.fsum(w / unit for t, w in stack[0] if t == NUMBER)
     for t, w in [*terms, (NUMBER, number)]:
-        if not abs(w) <= _FLOAT32.max:
+        if not abs(w) <= _LARGEST:
             raise ValueError(f"The weights of leaf {t} multiply to {w:g}, which float32 cannot hold.")
     if number or not terms:
         terms.append((NUMBER, number))

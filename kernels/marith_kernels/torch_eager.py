@@ -44,7 +44,7 @@ def _energies(
             leaf = (
                 logits[rows[:, term]].float()
                 if term != NUMBER
-                else logits.new_ones(len(rows), logits.shape[1])
+                else torch.ones(len(rows), logits.shape[1], device=logits.device)
             )
             terms.append(_times(weight, leaf))
         return functools.reduce(torch.add, terms)
