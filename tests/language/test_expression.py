@@ -170,6 +170,8 @@ def test_operands_of_other_kinds(other):
         ({"system": "x", "prompt": "y"}, "a term has either 'system' or 'prompt', not both"),
         ({"model": "../weights"}, "'model' of a term must be a name that the server knows"),
         ({"adapter": "org/adapter"}, "'adapter' of a term must be a name that the server knows"),
+        ({"model": ".."}, "'model' of a term must be a name that the server knows"),
+        ({"prompt": "\ud800"}, "'prompt' of a term has half of a surrogate pair"),
         ({"classifier": ""}, "'classifier' of a term must be a name that the server knows"),
         ({"model": "x" * 65}, "'model' of a term must be a name that the server knows"),
         ({"model": "m\n"}, "'model' of a term must be a name that the server knows"),

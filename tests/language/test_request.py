@@ -169,6 +169,10 @@ REFUSALS = [
     ),
     ('{"formula": "base", "terms": {"a b": {}}}', "'a b' cannot name a term; names have letters"),
     ('{"formula": "base", "terms": {"max": {}}}', "'max' is an operator and cannot name a term"),
+    (
+        '{"formula": "base", "terms": {"a": {"system": "\\ud800"}}}',
+        "the term 'a': 'system' of a term has half of a surrogate pair, which is no character",
+    ),
     ('{"formula": "base", "normalize": "mean"}', "'normalize' must be 'sum' or 'none', not 'mean'"),
     ('{"formula": "a", "formula": "b"}', "the key 'formula' appears twice in the JSON of 'marith'"),
     (
@@ -220,11 +224,15 @@ def test_a_long_list_of_names_is_cut():
         '{"formula": "' + "(" * 10**5 + '"}',
         '{"formula": "base", "terms": {' + ",".join(f'"n{i}": {{}}' for i in range(10**4)) + "}}",
         '{"formula": "base", "terms": {"a": {"system": "' + "x" * 10**6 + '"}}}',
+        '{"formula": "base", "' + "x" * 10**6 + '": 1}',
+        '{"formula": "base", "terms": {"' + "x" * 10**6 + '": 1}}',
+        '{"formula": "base", "terms": {"a": {"' + "\\ud800" * 10**5 + '": 1}}}',
+        '{"formula": "base", "normalize": "' + "x" * 10**6 + '"}',
         "{" * 2**20,
         "(" * 10**5,
         "x" * 10**7,
     ],
-    ids=range(9),
+    ids=range(13),
 )
 def test_hostile_requests_are_refused_quickly(text):
     started = time.thread_time()
@@ -232,6 +240,7 @@ def test_hostile_requests_are_refused_quickly(text):
         parse_request(text)
     assert time.thread_time() - started < 1
     assert len(str(caught.value)) < 1000
+    assert str(caught.value).encode()  # a server can send it
 
 
 @pytest.mark.parametrize(

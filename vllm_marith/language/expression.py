@@ -12,12 +12,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from vllm_marith.language.algebra import check_weights
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.limits import MAX_NESTING, Limits
-from vllm_marith.language.names import PLAIN_NAME, check_term_name
+from vllm_marith.language.names import PLAIN_NAME, Normalize, check_normalize, check_term_name
 from vllm_marith.language.naming import as_number, unify
 from vllm_marith.language.nodes import (
     Intersection,
@@ -35,12 +35,11 @@ from vllm_marith.language.nodes import (
     scale,
     to_text,
 )
-from vllm_marith.language.validation import describe
+from vllm_marith.language.validation import describe, is_text
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
 
-Normalize = Literal["sum", "none"]
 # The key of a request's formula in vLLM's `vllm_xargs` and `SamplingParams.extra_args`.
 REQUEST_KEY: Final = "marith"
 
@@ -120,6 +119,8 @@ class Term(_Arithmetic):
             value = getattr(self, text)
             if value is not None and not isinstance(value, str):
                 raise FormulaError(f"'{text}' of a term must be a string, not a {type(value).__name__}")
+            if value is not None and not is_text(value):
+                raise FormulaError(f"'{text}' of a term has half of a surrogate pair, which is no character")
         if self.system is not None and self.prompt is not None:
             raise FormulaError("a term has either 'system' or 'prompt', not both")
         for reference in ("model", "adapter", "classifier"):
@@ -127,7 +128,7 @@ class Term(_Arithmetic):
             if value is not None and not (isinstance(value, str) and PLAIN_NAME.fullmatch(value)):
                 raise FormulaError(
                     f"'{reference}' of a term must be a name that the server knows, of at most 64 letters, "
-                    f"digits, '_', '.' and '-', not {describe(value)}"
+                    f"digits, '_', '-' and '.' (not first), not {describe(value)}"
                 )
         factor = self.speculative_factor
         if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
@@ -362,15 +363,6 @@ def _labelled(name: str, terms: Mapping[str, Term]) -> Term:
         raise FormulaError(f"the term '{name}' is not defined")
     term = terms[name]
     return term if term.name in (None, name) else replace(term, name=name)
-
-
-def check_normalize(value: Any) -> Normalize:
-    """`value`, if it is a normalisation."""
-    if value == "sum":
-        return "sum"
-    if value == "none":
-        return "none"
-    raise FormulaError(f"normalize must be 'sum' or 'none', not {describe(value)}")
 
 
 def _combine(build: Callable[..., Node], *operands: Any) -> Formula:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import Any, Final, Literal
 
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.nodes import Intersection, Union
+from vllm_marith.language.validation import describe
+
+Normalize = Literal["sum", "none"]
 
 FUNCTIONS: Final[dict[str, type[Union] | type[Intersection]]] = {
     "union": Union,
@@ -32,8 +35,9 @@ RESERVED: Final = frozenset(
 )
 BASE: Final = "base"  # the one term every server defines: the request as it is
 
-# Models, adapters and classifiers are named, never located: no slash, so neither a path nor a hub id.
-PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# Models, adapters and classifiers are named, never located: no slash and no dot in front, so neither a path
+# nor a hub id.
+PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LONGEST_NAME: Final = 64
 
@@ -59,3 +63,12 @@ def check_term_name(name: object) -> str:
             f"'{name}' is reserved for an operator that is not supported yet; it cannot name a term"
         )
     return name
+
+
+def check_normalize(value: Any) -> Normalize:
+    """`value`, if it is a normalisation."""
+    if value == "sum":
+        return "sum"
+    if value == "none":
+        return "none"
+    raise FormulaError(f"normalize must be 'sum' or 'none', not {describe(value)}")

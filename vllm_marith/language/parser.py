@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from vllm_marith.language.errors import FormulaError
-from vllm_marith.language.expression import Formula, Term, check_normalize
+from vllm_marith.language.expression import Formula, Term
 from vllm_marith.language.limits import TRUSTED, Limits
-from vllm_marith.language.names import FUNCTIONS, RESERVED, check_term_name
+from vllm_marith.language.names import FUNCTIONS, RESERVED, check_normalize, check_term_name
 from vllm_marith.language.nodes import Leaf, Node, Number, add, divide, join, scale, size
 from vllm_marith.language.validation import did_you_mean
 

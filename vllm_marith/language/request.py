@@ -22,7 +22,7 @@ from vllm_marith.language.limits import Limits
 from vllm_marith.language.names import BASE, check_term_name
 from vllm_marith.language.nodes import Leaf, Node
 from vllm_marith.language.parser import parse
-from vllm_marith.language.validation import describe, did_you_mean, sentence
+from vllm_marith.language.validation import describe, did_you_mean, sentence, shown
 
 _STRICT: Final = ConfigDict(extra="forbid", strict=True, frozen=True)
 # Defined names listed in a refusal; a server may have hundreds.
@@ -205,7 +205,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise FormulaError(f"the key '{key[:64]}' appears twice in the JSON of '{REQUEST_KEY}'")
+            raise FormulaError(f"the key '{shown(key)}' appears twice in the JSON of '{REQUEST_KEY}'")
         found[key] = value
     return found
 

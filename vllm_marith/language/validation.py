@@ -38,7 +38,7 @@ def sentence(error: ValidationError, what: str, known: Sequence[str]) -> str:
     findings = error.errors(include_url=False, include_context=True)
     # A misspelt key is also a missing one; the misspelling is what its writer needs to see.
     first = min(findings, key=lambda finding: finding["type"] not in _UNKNOWN_KEY)
-    path = tuple(str(part) for part in first["loc"] if part != "[key]")
+    path = tuple(shown(str(part)) for part in first["loc"] if part != "[key]")
     kind, value = first["type"], first["input"]
     place = f"'{'.'.join(path)}'" if path else what
     if kind in _UNKNOWN_KEY:
@@ -71,6 +71,21 @@ def describe(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "a list"
     return f"a {type(value).__name__}"
+
+
+def shown(name: str) -> str:
+    """A name from outside as it may appear in a sentence: short, and printable on any terminal."""
+    clean = "".join(character if character.isprintable() else "?" for character in name[:64])
+    return clean if len(name) <= 64 else clean + "…"
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be encoded; JSON's \\ud800 alone, half of a surrogate pair, cannot."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def did_you_mean(name: str, candidates: Sequence[str]) -> str | None:
