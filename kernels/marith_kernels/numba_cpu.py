@@ -19,13 +19,13 @@ import torch
 from numba import carray, cfunc, njit, types
 
 from . import openmp
-from .numba_math import BLOCK, FAST, NEG_INF, ZERO, inline, max_and_sum, pointer, take
+from .numba_math import BLOCK, FAST, NEG_INF, ZERO, inline, max_and_sum, pointer, shift_max_and_sum, take
 from .numba_program import run_linear, run_stack, run_stack_n
 from .program import Batch, Program
 
 CHUNK = 2 * BLOCK  # tokens a program runs over at a time; 8 KiB a stack slot
 LSE_CHUNK = 16 * BLOCK
-SERIAL_BELOW = 1 << 15  # logits; fewer are not worth waking a thread for
+SERIAL_BELOW = 1 << 18  # logits, about 50 us of work; less is not worth waking a thread for
 
 
 # The arguments of a task travel as one int64 array of addresses and sizes; item 0 is the counter that hands
@@ -75,6 +75,7 @@ def _fuse_task(args, like):
         lo, hi = offset[g], offset[g + 1]
         if flags[g] & 1:
             run_linear(out, logits, stride, item, begin, row[lo:hi], weight[lo:hi], like)
+            part_max[k], part_sum[k] = max_and_sum(out)
         else:
             if flags[g] & 2:
                 run_stack_n(
@@ -84,10 +85,7 @@ def _fuse_task(args, like):
                 run_stack(
                     out, slots, logits, stride, item, begin, op[lo:hi], row[lo:hi], weight[lo:hi], lse, like
                 )
-            shift = lse[leader[g]]
-            for i in range(out.size):
-                out[i] += shift
-        part_max[k], part_sum[k] = max_and_sum(out)
+            part_max[k], part_sum[k] = shift_max_and_sum(out, lse[leader[g]])
         if begin + CHUNK >= vocab:
             padding = carray(pointer(out_at + (g * out_stride + vocab) * 4, ZERO), width - vocab)
             padding[:] = NEG_INF

@@ -106,7 +106,22 @@ def exp(x):
 @inline
 def max_and_sum(x):
     """(max x, sum exp(x - max x)); (-inf, 0) where everything is -inf. One read but for the first block."""
-    peak = _max_of(x[:BLOCK])
+    return _max_and_sum_from(x, _max_of(x[:BLOCK]))
+
+
+@inline
+def shift_max_and_sum(x, shift):
+    """`max_and_sum` after adding `shift` to x in place."""
+    high = NEG_INF
+    for i in range(x.size):
+        x[i] += shift
+        high = maximum(high, x[i])
+    return _max_and_sum_from(x, high)
+
+
+@inline
+def _max_and_sum_from(x, peak):
+    """`max_and_sum` that begins with `peak`, the maximum of the first block at least."""
     total = ZERO
     for lo in range(0, x.size, BLOCK):
         block = x[lo : lo + BLOCK]

@@ -98,6 +98,27 @@ def _leaf(slot, op, x, weight, ban, shift):
 
 
 @inline
+def _pair(slot, op, x, weight_x, ban_x, shift_x, y, weight_y, ban_y, shift_y):
+    """A push of x and the combination with y in one pass: every union and intersection begins so."""
+    n = slot.size
+    if op == ADD:
+        for i in range(n):
+            slot[i] = _times(weight_x, ban_x, widen(x[i]) - shift_x) + _times(
+                weight_y, ban_y, widen(y[i]) - shift_y
+            )
+    elif op == MAX:
+        for i in range(n):
+            slot[i] = maximum(
+                _times(weight_x, ban_x, widen(x[i]) - shift_x), _times(weight_y, ban_y, widen(y[i]) - shift_y)
+            )
+    else:
+        for i in range(n):
+            a = _times(weight_x, ban_x, widen(x[i]) - shift_x)
+            b = _times(weight_y, ban_y, widen(y[i]) - shift_y)
+            slot[i] = b if b < a else a
+
+
+@inline
 def _pop(slot, op, popped, weight, ban):
     """Combine weight * popped into the slot's energies."""
     n = slot.size
@@ -168,25 +189,34 @@ def run_stack(out, slots, logits, stride, item, begin, op, row, weight, lse, lik
     n = out.size
     top = 0
     slot = out
-    for pc in range(op.size):
+    pc = 0
+    while pc < op.size:
         o, w = op[pc], weight[pc]
-        if o <= PUSH:
-            if o == PUSH and pc > 0:
-                top += 1
-                slot = slots[top - 1, :n]
-            if row[pc] >= 0:
-                x = carray(pointer(logits + (row[pc] * stride + begin) * item, like), n)
-                _leaf(slot, o, x, w, _ban(w), lse[row[pc]])
+        if o == PUSH and pc > 0:
+            top += 1
+            slot = slots[top - 1, :n]
+        if o <= PUSH and row[pc] < 0:
+            _number(slot, o, w)
+        elif o <= PUSH:
+            x = carray(pointer(logits + (row[pc] * stride + begin) * item, like), n)
+            after = pc + 1
+            if o == PUSH and after < op.size and op[after] < PUSH and row[after] >= 0:
+                y = carray(pointer(logits + (row[after] * stride + begin) * item, like), n)
+                v = weight[after]
+                _pair(slot, op[after], x, w, _ban(w), lse[row[pc]], y, v, _ban(v), lse[row[after]])
+                pc = after
             else:
-                _number(slot, o, w)
+                _leaf(slot, o, x, w, _ban(w), lse[row[pc]])
         elif o == SCALE:
+            ban = _ban(w)
             for i in range(n):
-                slot[i] = _times(w, _ban(w), slot[i])
+                slot[i] = _times(w, ban, slot[i])
         else:
             popped = slot
             top -= 1
             slot = slots[top - 1, :n] if top > 0 else out
             _pop(slot, o, popped, w, _ban(w))
+        pc += 1
 
 
 @inline
@@ -226,8 +256,9 @@ def run_stack_n(out, slots, logits, stride, item, begin, op, row, weight, lse, l
             top -= 1
         slot, slot_n = slots[top, :n], slots[depth + top, :n]
         if o == SCALE:
+            ban = _ban(w)
             for i in range(n):
-                slot[i] = _times(w, _ban(w), slot[i])
+                slot[i] = _times(w, ban, slot[i])
                 slot_n[i] *= w
         elif o > PUSH:
             _pop_n(slot, slot_n, o, slots[top + 1, :n], slots[depth + top + 1, :n], w, _ban(w))

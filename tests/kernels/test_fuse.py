@@ -160,7 +160,7 @@ def test_numba_is_what_auto_runs_here(monkeypatch):
     assert resolve("auto", torch.device("cpu")) == "numba"
     assert warmup() == "numba"
     calls.clear()
-    fuse(torch.randn(3, 50257), Batch.build([UNION], [[0, 1, 2]]))
+    fuse(torch.randn(6, 50257), Batch.build([UNION] * 2, [[0, 1, 2], [3, 4, 5]]))
     assert calls == [{"parallel": True}, {"parallel": True}], "one task for the lse and one for the programs"
 
 
