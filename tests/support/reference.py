@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,6 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from vllm_marith import Formula
+
+
+# (name -> float32 logits [vocab], tokens so far) -> the next token.
+Choose = Callable[[dict[str, torch.Tensor], list[int]], int]
 
 
 @lru_cache(maxsize=4)
@@ -31,29 +35,40 @@ class Reference:
     logprobs: list[float]
 
 
-@torch.inference_mode()
 def generate(
     model: str, formula: Formula, prompts: Mapping[str, Sequence[int]], length: int, force: Sequence[int] = ()
 ) -> Reference:
     """Greedy decoding of `formula`, whose terms continue `prompts` (name -> token ids)."""
+    found = Reference([], [], [])
+
+    def greedy(logits: dict[str, torch.Tensor], tokens: list[int]) -> int:
+        distribution = formula.evaluate(logits, dtype=torch.float64)
+        best = distribution.topk(2)
+        token = int(force[len(tokens)]) if force else int(best.indices[0])
+        found.margins.append(float(best.values[0] - best.values[1]))
+        found.logprobs.append(float(distribution[token]))
+        return token
+
+    found.tokens = decode(model, prompts, length, greedy)
+    return found
+
+
+@torch.inference_mode()
+def decode(model: str, prompts: Mapping[str, Sequence[int]], length: int, choose: Choose) -> list[int]:
+    """`length` tokens that continue every prompt, each chosen by `choose`."""
     network = load(str(model))
     caches = dict.fromkeys(prompts)
     inputs = {name: torch.tensor([list(ids)]) for name, ids in prompts.items()}
-    found = Reference([], [], [])
-    for step in range(length):
+    tokens: list[int] = []
+    while len(tokens) < length:
         logits = {}
         for name, ids in inputs.items():
             output = network(ids, past_key_values=caches[name], use_cache=True)
             caches[name] = output.past_key_values
             logits[name] = output.logits[0, -1]
-        distribution = formula.evaluate(logits, dtype=torch.float64)
-        best = distribution.topk(2)
-        token = int(force[step]) if force else int(best.indices[0])
-        found.tokens.append(token)
-        found.margins.append(float(best.values[0] - best.values[1]))
-        found.logprobs.append(float(distribution[token]))
-        inputs = dict.fromkeys(prompts, torch.tensor([[token]]))
-    return found
+        tokens.append(int(choose(logits, tokens)))
+        inputs = dict.fromkeys(prompts, torch.tensor([tokens[-1:]]))
+    return tokens
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ VOCAB = 1024
 CONTEXT = 512
 
 
+@cache
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of `VOCAB` tokens that puts one BOS before a prompt."""
     bpe = Tokenizer(models.BPE())

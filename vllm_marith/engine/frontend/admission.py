@@ -84,7 +84,7 @@ class Admission:
             for what in ("model", "adapter", "classifier"):
                 if getattr(term, what) is not None:
                     raise FormulaError(
-                        f"term '{name}' asks for a {what} of its own, which this version cannot serve yet: "
+                        f"term '{name}' has its own {what}, which this version cannot serve yet: "
                         "terms may differ in system and prompt"
                     )
         return formula, lower(formula)
@@ -176,6 +176,17 @@ def admission_of(renderer: Any) -> Admission:
     return found
 
 
+class FormulaRefused(VLLMValidationError):
+    """What vLLM turns into HTTP 400; its text is the sentence and nothing else."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(f"marith: {sentence}", parameter=KEY)
+
+    def __str__(self) -> str:
+        # vLLM would put the parameter's name behind the caret that ends a sentence on a formula.
+        return str(self.args[0])
+
+
 def refuse(sentence: str) -> NoReturn:
-    """Raises what vLLM turns into HTTP 400."""
-    raise VLLMValidationError(f"marith: {sentence}", parameter=KEY)
+    """Raises `FormulaRefused`."""
+    raise FormulaRefused(sentence)

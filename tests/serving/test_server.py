@@ -1,0 +1,278 @@
+"""A real server in its ordinary processes, driven by the openai client."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import re
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.support import reference, server, tiny
+from vllm_marith import Formula
+
+PRESETS = Path(__file__).parents[2] / "configs" / "presets"
+TEXT = "the value of the expression"
+TERMS = {
+    "child": {"system": "You are a child."},
+    "adult": {"system": "You are an adult."},
+    "magic": {"prompt": "Always talk about magic.\n{input}"},
+}
+FORMULA = "child - 0.6*adult + 2*union(child, magic)"
+
+
+def request(formula: str = FORMULA, **other: Any) -> dict[str, Any]:
+    """The openai client's way to say vLLM's extra arguments."""
+    return {"vllm_xargs": {"marith": json.dumps({"formula": formula, "terms": TERMS} | other)}}
+
+
+@pytest.fixture(scope="module")
+def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    log = tmp_path_factory.mktemp("server") / "log"
+    with server.serve(tiny_model, log, {"presets": str(PRESETS)}) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+
+
+def metric(url: str, name: str) -> float:
+    """A gauge of the server, summed over its engines."""
+    with urllib.request.urlopen(f"{url}/metrics") as page:
+        text = page.read().decode()
+    found = re.findall(rf"^vllm:{name}{{.*}} (\S+)$", text, re.MULTILINE)
+    assert found, f"no metric {name}"
+    return sum(map(float, found))
+
+
+def assert_idle(url: str) -> None:
+    """Nothing runs, nothing waits, no KV block is held."""
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    for _ in range(60):
+        left = {name: metric(url, name) for name in names}
+        if not any(left.values()):
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"left behind: {left}")
+
+
+def completion_reference(model: Path, length: int) -> reference.Reference:
+    prompts = {
+        "child": f"You are a child.\n{TEXT}",
+        "adult": f"You are an adult.\n{TEXT}",
+        "magic": f"Always talk about magic.\n{TEXT}",
+    }
+    tokenizer = tiny.tokenizer()
+    ids = {name: tokenizer(text).input_ids for name, text in prompts.items()}
+    return reference.generate(str(model), Formula.parse(FORMULA), ids, length)
+
+
+def test_completion_with_logprobs(client: openai.OpenAI, tiny_model: Path) -> None:
+    expected = completion_reference(tiny_model, 32)
+    answer = client.completions.create(
+        model="tiny",
+        prompt=TEXT,
+        max_tokens=32,
+        temperature=0,
+        logprobs=2,
+        extra_body=request() | {"ignore_eos": True, "return_token_ids": True},
+    )
+    (choice,) = answer.choices
+    assert choice.token_ids == expected.tokens
+    assert choice.logprobs is not None
+    for got, want in zip(choice.logprobs.token_logprobs or [], expected.logprobs, strict=True):
+        assert got == pytest.approx(want, abs=1e-4)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 32
+
+
+def test_chat_gives_each_term_its_system_message(client: openai.OpenAI, tiny_model: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
+
+    def render(conversation: list[dict[str, str]]) -> list[int]:
+        text = tiny.tokenizer().apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        return tiny.tokenizer()(text, add_special_tokens=False).input_ids
+
+    prompts = {
+        "child": render([{"role": "system", "content": "You are a child."}, messages[1]]),
+        "adult": render([{"role": "system", "content": "You are an adult."}, messages[1]]),
+        "magic": render([messages[0], {"role": "user", "content": f"Always talk about magic.\n{TEXT}"}]),
+    }
+    expected = reference.generate(str(tiny_model), Formula.parse(FORMULA), prompts, 24)
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=messages,
+        max_tokens=24,
+        temperature=0,
+        extra_body=request() | {"ignore_eos": True, "return_token_ids": True},
+    )
+    assert answer.choices[0].token_ids == expected.tokens
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(prompts["child"])
+
+
+def test_stream_is_the_whole_answer_in_parts(client: openai.OpenAI) -> None:
+    wanted = dict(
+        model="tiny",
+        messages=[{"role": "user", "content": TEXT}],
+        max_tokens=24,
+        temperature=0,
+        extra_body=request() | {"ignore_eos": True},
+    )
+    whole = client.chat.completions.create(**wanted).choices[0].message.content
+    parts = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**wanted, stream=True)]
+    assert "".join(parts) == whole
+    assert len([part for part in parts if part]) > 3
+
+
+def test_two_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
+    wanted = dict(model="tiny", prompt=TEXT, max_tokens=24, temperature=1.0, n=2, seed=11)
+    first, again = (client.completions.create(**wanted, extra_body=request()) for _ in range(2))
+    assert len({choice.text for choice in first.choices}) == 2
+    assert [c.text for c in first.choices] == [c.text for c in again.choices]
+
+
+def test_formulas_and_plain_requests_side_by_side(client: openai.OpenAI) -> None:
+    def ask(with_formula: bool) -> str:
+        body = {"ignore_eos": True, **(request() if with_formula else {})}
+        return (
+            client.completions.create(model="tiny", prompt=TEXT, max_tokens=24, temperature=0, extra_body=body)
+            .choices[0]
+            .text
+        )
+
+    alone = {kind: ask(kind) for kind in (True, False)}
+    assert alone[True] != alone[False]
+    kinds = [i % 3 > 0 for i in range(24)]  # 16 groups of three: more rows than the server has
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        for kind, text in zip(kinds, pool.map(ask, kinds), strict=True):
+            assert text == alone[kind]
+
+
+def test_abort_in_mid_stream_leaves_nothing(client: openai.OpenAI, url: str) -> None:
+    stream = client.completions.create(
+        model="tiny", prompt=TEXT, max_tokens=400, stream=True, extra_body=request() | {"ignore_eos": True}
+    )
+    for _, _ in zip(range(5), stream, strict=False):
+        pass
+    assert metric(url, "num_requests_running") == 3
+    stream.close()
+    assert_idle(url)
+
+
+def test_presets_by_name(client: openai.OpenAI) -> None:
+    names = [p.stem for p in PRESETS.glob("*.yaml") if "formula:" in p.read_text()]
+    assert len(names) >= 5
+    for name in names:
+        answer = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": TEXT}],
+            max_tokens=4,
+            extra_body={"vllm_xargs": {"marith": name}, "ignore_eos": True},
+        )
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 4
+
+
+LONG = " ".join(["word"] * 600)
+MALFORMED: list[tuple[Any, str]] = [
+    ("", "the formula is empty"),
+    ("child - *adult", "expected a term or a number at column 9"),
+    ("child adult", "column 7"),
+    ("(child", "column"),
+    ("child)", "column 6"),
+    ("chidl", "did you mean 'child'"),
+    ("nobody", "'nobody' is not defined"),
+    ("child*adult", "column"),
+    ("child/0", "zero"),
+    ("child/adult", "column"),
+    ("1e999*child", "column 1"),
+    ("union(child)", "two operands"),
+    ("child - 2*adult", "weights"),
+    ("indicator(child)", "not supported yet"),
+    ("child + $", "column 9"),
+    ("__import__('os')", "column"),
+    ("(" * 400 + "child" + ")" * 400, "nest"),
+    (" + ".join(["child"] * 1000), "characters"),
+    ("{", "not valid JSON"),
+    ("{}", "formula"),
+    ('{"formula": 3}', "formula"),
+    ('{"formula": "a", "terms": {"a": {"system": 1}}}', "system"),
+    ('{"formula": "a", "terms": {"a": {"sistem": "x"}}}', "sistem"),
+    ('{"formula": "a", "terms": {"a": {"system": "x", "prompt": "y"}}}', "prompt"),
+    ('{"formula": "a", "terms": {"a": {"adapter": "wizard"}}}', "adapter"),
+    ('{"formula": "a", "terms": {"a": {"model": "small"}}}', "model"),
+    ('{"formula": "a", "terms": {"a": {"model": "../../etc/passwd"}}}', "model"),
+    ('{"formula": "a", "terms": {"a": {"classifier": "c"}}}', "classifier"),
+    ('{"formula": "base", "normalize": "maybe"}', "normalize"),
+    (json.dumps({"formula": "a", "terms": {"a": {"system": LONG}}}), "term 'a'"),
+    (
+        json.dumps(
+            {"formula": "+".join(f"t{i}" for i in range(40)), "terms": {f"t{i}": {} for i in range(40)}}
+        ),
+        "terms",
+    ),
+    (5, "must be a string"),
+    (["child"], "must be a string"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_malformed_requests_are_refused(client: openai.OpenAI, url: str, chat: bool, stream: bool) -> None:
+    for value, sentence in MALFORMED:
+        body: dict[str, Any] = {"vllm_xargs": {"marith": value}}
+        with pytest.raises(openai.BadRequestError) as refused:
+            if chat:
+                client.chat.completions.create(
+                    model="tiny", messages=[{"role": "user", "content": TEXT}], extra_body=body, stream=stream
+                )
+            else:
+                client.completions.create(model="tiny", prompt=TEXT, extra_body=body, stream=stream)
+        assert sentence in str(refused.value), value
+        assert "Traceback" not in str(refused.value)
+    assert_idle(url)
+    assert client.completions.create(model="tiny", prompt=TEXT, max_tokens=2, extra_body=request()).choices
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ({"use_beam_search": True, "n": 2}, "beam search"),
+        ({"prompt_logprobs": 1}, "prompt log-probabilities"),
+    ],
+)
+def test_parameters_without_a_meaning_for_formulas(
+    client: openai.OpenAI, extra: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=sentence):
+        client.completions.create(model="tiny", prompt=TEXT, extra_body=request() | extra)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "sentence"),
+    [
+        ({}, ["--pipeline-parallel-size", "2"], "--pipeline-parallel-size must be 1"),
+        ({"presets": "nowhere"}, [], "nowhere"),
+        ({"preset": "x"}, [], "known settings"),
+    ],
+)
+def test_a_wrong_start_ends_with_one_sentence(
+    tiny_model: Path, settings: dict[str, Any], options: list[str], sentence: str
+) -> None:
+    line = server.command(tiny_model, server.free_port(), settings, *options)
+    ended = subprocess.run(line, capture_output=True, text=True, env=server.environment(), timeout=300, check=False)
+    assert ended.returncode == 1
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last.startswith("marith: ")
+    assert sentence in last
+    assert "Traceback" not in ended.stderr
