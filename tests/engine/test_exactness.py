@@ -37,7 +37,9 @@ CASES = {
     "small_cache_small_steps": Case(SMALL_CACHE | SMALL_STEPS, preempts=True),
     "priority": Case(SMALL_CACHE | BY_PRIORITY, preempts=True),
     "async": Case(asynchronous=True),
-    "async_small_cache": Case(SMALL_CACHE | dict(max_num_batched_tokens=48), asynchronous=True, preempts=True),
+    "async_small_cache": Case(
+        SMALL_CACHE | dict(max_num_batched_tokens=48), asynchronous=True, preempts=True
+    ),
     "async_priority": Case(SMALL_CACHE | BY_PRIORITY, asynchronous=True, preempts=True),
 }
 
@@ -84,7 +86,10 @@ def test_greedy_equals_huggingface(name: str, tiny_model: Any, monkeypatch: pyte
         assert type(scheduler).__name__ == ("AsyncGroupScheduler" if case.asynchronous else "GroupScheduler")
         outputs = llm.generate(
             [job.text for job in jobs],
-            [job.formula.sampling_params(**asked) if job.formula else SamplingParams(**asked) for job in jobs],
+            [
+                job.formula.sampling_params(**asked) if job.formula else SamplingParams(**asked)
+                for job in jobs
+            ],
             priority=[job.priority for job in jobs] if "scheduling_policy" in case.options else None,
             use_tqdm=False,
         )

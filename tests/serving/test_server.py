@@ -145,7 +145,9 @@ def test_formulas_and_plain_requests_side_by_side(client: openai.OpenAI) -> None
     def ask(with_formula: bool) -> str:
         body = {"ignore_eos": True, **(request() if with_formula else {})}
         return (
-            client.completions.create(model="tiny", prompt=TEXT, max_tokens=24, temperature=0, extra_body=body)
+            client.completions.create(
+                model="tiny", prompt=TEXT, max_tokens=24, temperature=0, extra_body=body
+            )
             .choices[0]
             .text
         )
@@ -231,13 +233,12 @@ MALFORMED: list[tuple[Any, str]] = [
 def test_malformed_requests_are_refused(client: openai.OpenAI, url: str, chat: bool, stream: bool) -> None:
     for value, sentence in MALFORMED:
         body: dict[str, Any] = {"vllm_xargs": {"marith": value}}
+        if chat:
+            create, prompt = client.chat.completions.create, {"messages": [{"role": "user", "content": TEXT}]}
+        else:
+            create, prompt = client.completions.create, {"prompt": TEXT}
         with pytest.raises(openai.BadRequestError) as refused:
-            if chat:
-                client.chat.completions.create(
-                    model="tiny", messages=[{"role": "user", "content": TEXT}], extra_body=body, stream=stream
-                )
-            else:
-                client.completions.create(model="tiny", prompt=TEXT, extra_body=body, stream=stream)
+            create(model="tiny", extra_body=body, stream=stream, **prompt)
         assert sentence in str(refused.value), value
         assert "Traceback" not in str(refused.value)
     assert_idle(url)
@@ -270,7 +271,9 @@ def test_a_wrong_start_ends_with_one_sentence(
     tiny_model: Path, settings: dict[str, Any], options: list[str], sentence: str
 ) -> None:
     line = server.command(tiny_model, server.free_port(), settings, *options)
-    ended = subprocess.run(line, capture_output=True, text=True, env=server.environment(), timeout=300, check=False)
+    ended = subprocess.run(
+        line, capture_output=True, text=True, env=server.environment(), timeout=300, check=False
+    )
     assert ended.returncode == 1
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("marith: ")

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from vllm_marith import Formula
 
-
 # (name -> float32 logits [vocab], tokens so far) -> the next token.
 Choose = Callable[[dict[str, torch.Tensor], list[int]], int]
 

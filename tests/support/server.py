@@ -50,9 +50,7 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def serve(
-    model: Path, log: Path, settings: dict[str, Any] | None = None, *options: str
-) -> Iterator[str]:
+def serve(model: Path, log: Path, settings: dict[str, Any] | None = None, *options: str) -> Iterator[str]:
     """The base URL of a running server; its output is in `log`."""
     port = free_port()
     with log.open("w") as output:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-
 from pydoc_data.topics import topics
 
 from vllm_marith import Formula

@@ -145,8 +145,8 @@ LEDGER: tuple[Entry, ...] = (
     *(
         Entry(f"{_SCHEDULER}.{name}", why, "reads", _SCHEDULER_API, parameters)
         for name, why, parameters in (
-            ("_handle_blocked_waiting_request", "a leader's grammar must be compiled first", ("self", "request")),
-            ("_is_blocked_waiting_status", "a leader's grammar must be compiled first", ("status",)),
+            ("_handle_blocked_waiting_request", "a leader's grammar comes first", ("self", "request")),
+            ("_is_blocked_waiting_status", "a leader's grammar comes first", ("status",)),
             ("_holds_kv_blocks", "a streaming session keeps its place", ("request",)),
             ("_request_remaining_blocks", "blocks that a prompt still needs", ("self", "request")),
             ("_inflight_prefill_reserved_blocks", "blocks promised to running prefills", ("self",)),

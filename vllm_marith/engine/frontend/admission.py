@@ -120,8 +120,8 @@ class Admission:
         if room is not None and room < wanted:
             fit = f"at most {room}" if room > 0 else "none"
             refuse(
-                f"the {len(lengths)} terms' prompts of {total} tokens and max_tokens = {wanted} for each do not "
-                f"fit the KV cache together; there is room for {fit}"
+                f"the {len(lengths)} terms' prompts of {total} tokens and max_tokens = {wanted} for each do "
+                f"not fit the KV cache together; there is room for {fit}"
             )
 
     def room(self, lengths: list[int]) -> int | None:
@@ -176,7 +176,7 @@ def admission_of(renderer: Any) -> Admission:
     return found
 
 
-class FormulaRefused(VLLMValidationError):
+class RefusedError(VLLMValidationError):
     """What vLLM turns into HTTP 400; its text is the sentence and nothing else."""
 
     def __init__(self, sentence: str) -> None:
@@ -188,5 +188,5 @@ class FormulaRefused(VLLMValidationError):
 
 
 def refuse(sentence: str) -> NoReturn:
-    """Raises `FormulaRefused`."""
-    raise FormulaRefused(sentence)
+    """Raises `RefusedError`."""
+    raise RefusedError(sentence)
