@@ -1,4 +1,4 @@
-"""The command: sentences and exit codes instead of tracebacks; and the demo's plumbing without an engine."""
+"""The command: sentences and exit codes instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from vllm_marith import cli, demo
-from vllm_marith.demo import CASES, GUIDED, PLAIN, PROMPTED, UNION, WITHOUT, Measured
+from vllm_marith import cli
 
 
 def marith(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -131,59 +129,3 @@ def test_bench_without_a_checkout_says_where_it_is(monkeypatch, capsys) -> None:
     monkeypatch.setattr(cli.Path, "is_file", lambda _: False)
     assert marith(monkeypatch, "bench") == 1
     assert "scripts/bench.py" in capsys.readouterr().err
-
-
-# The demo
-
-
-def measured(name: str, perplexity: float = 100.0, count: int = 100, **rates: float) -> Measured:
-    shares = dict.fromkeys(demo.LABELS, 0.0) | rates
-    return Measured(name, "how", ["text"] * count, shares, perplexity)
-
-
-def closing(**changed: Measured) -> str:
-    results = {
-        PLAIN.name: measured(PLAIN.name, code=0.4, legal=0.2),
-        WITHOUT.name: measured(WITHOUT.name, code=0.02),
-        PROMPTED.name: measured(PROMPTED.name, legal=0.6),
-        GUIDED.name: measured(GUIDED.name, legal=0.9),
-    }
-    return demo.closing(results | changed)
-
-
-def test_the_closing_says_what_moved() -> None:
-    said = closing()
-    assert "took the share of code text from 40% to 2%" in said
-    assert "took the share of legal text from 60% to 90%" in said
-    assert "No formula more than doubled" in said
-
-
-def test_the_closing_claims_nothing_that_chance_does() -> None:
-    said = closing(**{WITHOUT.name: measured(WITHOUT.name, count=20, code=0.3)})
-    assert "took the share of code" not in said
-    assert "within what chance does to 20 texts" in said
-
-
-def test_the_closing_admits_lost_fluency() -> None:
-    said = closing(**{UNION.name: measured(UNION.name, perplexity=4000.0)})
-    assert f"less fluent: {UNION.name} (4000)" in said
-    assert "No formula" not in said
-
-
-def test_every_case_parses() -> None:
-    assert len({case.name for case in CASES}) == len(CASES)
-    for case in CASES:
-        formula = case.parsed()
-        if formula is not None:
-            formula.check()
-            assert set(formula.terms) <= set(demo.TERMS)
-            assert all(formula.terms[name].to_dict() == demo.TERMS[name] for name in formula.terms)
-
-
-@pytest.mark.parametrize("width", [60, 80, 130])
-def test_texts_are_shown_as_they_are(width: int) -> None:
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(demo.side_by_side(["[bold]x[/nope]\n" + "long line " * 20] * len(CASES), width))
-    shown = console.export_text()
-    assert shown.count("[bold]x[/nope]") == len(CASES)
-    assert max(map(len, shown.splitlines())) <= width

@@ -86,7 +86,7 @@ def demo(
     tokens: Annotated[int, typer.Option(min=8, max=256, help="Length of each text.")] = 64,
     samples: Annotated[int, typer.Option(min=2, max=1000, help="Texts per formula to judge.")] = 64,
     seed: Annotated[int, typer.Option(help="Another seed, other texts.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of sampling.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of sampling.")] = 0.7,
     home: HomeOption = None,
 ) -> None:
     """Steer a small model with formulas, on this machine and through vLLM, and measure what happened.

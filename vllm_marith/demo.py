@@ -67,11 +67,11 @@ class Case:
 
 PLAIN = Case("plain")
 PROMPTED = Case("prompted", system="write legal text")
-WITHOUT = Case("subtracted", formula="base - 0.6*code")
-GUIDED = Case("guided", formula="2*legal - base")
-BOTH = Case("legal without code", formula="legal - 0.6*code")
-UNION = Case("union", formula="union(prose, legal)")
-CASES = (PLAIN, PROMPTED, WITHOUT, GUIDED, BOTH, UNION)
+HALFWAY = Case("half as strong", formula="0.5*base + 0.5*legal")
+WITHOUT = Case("without code", formula="base - 0.6*code")
+EITHER = Case("prose or legal", formula="union(prose, legal)")
+NEITHER = Case("neither code nor legal", formula="base - 0.6*union(code, legal)")
+CASES = (PLAIN, PROMPTED, HALFWAY, WITHOUT, EITHER, NEITHER)
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,15 @@ def measure(paths: Paths, texts: Sequence[Sequence[str]], tokens: int) -> list[M
 
 def real_texts(corpus: Corpus, attribute: str, count: int, tokens: int, referee: Referee) -> list[str]:
     """`count` pieces of held-out text, `tokens` tokens long, from the starts of paragraphs."""
+    from vllm_marith.models.tokenizer import encode
+
     files = corpus.parts["C"][attribute]
     chooser = random.Random(0)
     pieces = []
     for _ in range(count):
         [file] = chooser.choices(files, [len(file) for file in files])
         start = chooser.randrange(len(file))
-        ids = referee.tokenizer.encode("\n\n".join(file[start : start + 20]), add_special_tokens=False)
+        ids = encode(referee.tokenizer, "\n\n".join(file[start : start + 20]))
         pieces.append(str(referee.tokenizer.decode(ids[:tokens])))
     return pieces
 
@@ -217,20 +219,15 @@ def numbers(measured: Sequence[Measured]) -> Table:
 def closing(results: dict[str, Measured]) -> str:
     """What the numbers show, in plain words, and where they show nothing."""
     plain = results[PLAIN.name]
-    sentences = [
-        _change("Subtracting code", "code", plain, results[WITHOUT.name]),
-        _change(
-            "Doubling the weight of the system message", "legal", results[PROMPTED.name], results[GUIDED.name]
-        ),
-    ]
-    odd = [result for name, result in results.items() if result.perplexity > 2 * plain.perplexity]
-    sentences.append(
-        "Perplexity more than twice that of plain text, so less fluent: "
-        + ", ".join(f"{result.name} ({result.perplexity:.0f})" for result in odd)
-        if odd
-        else "No formula more than doubled the perplexity of plain text"
+    real = [results[f"real {attribute}"].perplexity for attribute in ATTRIBUTES]
+    odd = [case.name for case in CASES if results[case.name].perplexity > max(real)]
+    return (
+        f"{_change('Subtracting code', 'code', plain, results[WITHOUT.name])}.  "
+        f"{_change('Subtracting the union of code and legal', 'prose', plain, results[NEITHER.name])}, "
+        "which no term of that formula asks for.  "
+        f"The perplexity of real text is {min(real):.0f} to {max(real):.0f} by kind; "
+        + (f"less fluent than that: {', '.join(odd)}." if odd else "no formula's is above that.")
     )
-    return ".  ".join(sentences) + "."
 
 
 def _change(deed: str, label: str, before: Measured, after: Measured) -> str:

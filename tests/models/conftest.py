@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from vllm_marith.models import Paths, Recipe, ensure
+from vllm_marith.models import Paths, Recipe, ensure, workshop
 from vllm_marith.models.corpus import Corpus
 from vllm_marith.models.recipe import (
     BertRecipe,
@@ -39,6 +41,17 @@ TINY = Recipe(
     lora_legal=TuneRecipe("legal", course(muon=0.0), rank=2),
     judge_bert=BertRecipe(course(muon=0.0), hidden=32, layers=1, heads=2, inner=64),
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from a second thread, and lose much on a busy machine."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(workshop, "THREADS", 1)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,10 @@ import torch
 from vllm_marith.models import Paths
 from vllm_marith.models.batches import IGNORED, Batches
 from vllm_marith.models.corpus import Corpus
+from vllm_marith.models.loading import load_tokenizer
 from vllm_marith.models.optimizer import Muon, schedule
 from vllm_marith.models.recipe import Course, Shape
-from vllm_marith.models.tokenizer import ASSISTANT, BOS, END, SPECIAL_TOKENS, encode, load_tokenizer
+from vllm_marith.models.tokenizer import ASSISTANT, BOS, END, SPECIAL_TOKENS, encode
 from vllm_marith.models.training import llama, perplexities, train
 
 

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
     from vllm_marith.language import Formula
 
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads take the cores from each other where anything else runs
+}
+
 QUIET = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -40,15 +45,14 @@ def offline_llm(model: str | Path, **options: Any) -> LLM:
     are set already.  What vLLM and torch say while starting is kept quiet unless VLLM_LOGGING_LEVEL is set.
     Call it before anything imports torch or vllm: they read some of the variables on import.
     """
-    _set_defaults({"VLLM_NO_USAGE_STATS": "1"})
+    _set_defaults(ENVIRONMENT)
     with nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else _quiet():
         import torch
 
-        on_cpu = not torch.cuda.is_available()
         defaults: dict[str, Any] = {"logits_processors": ["marith"], "use_tqdm_on_load": False}
-        if on_cpu:
-            defaults |= CPU_OPTIONS
+        if not torch.cuda.is_available():
             _set_defaults(CPU_ENVIRONMENT)
+            defaults |= CPU_OPTIONS
         if Path(model).is_dir():
             _set_defaults({"HF_HUB_OFFLINE": "1"})
 

@@ -19,9 +19,6 @@ from .progress import Tick
 from .recipe import ATTRIBUTES, JudgeRecipe
 
 LABELS = (*ATTRIBUTES, "garbage")
-LENGTHS = (2, 3, 4, 5)
-"""Lengths of the n-grams in bytes."""
-
 READ = 400
 """Bytes of a text that are read."""
 
@@ -39,25 +36,27 @@ class Judge:
     weights, plus a weight times the text's repetitiveness, plus a bias.
     """
 
-    def __init__(self, weight: np.ndarray, dense: np.ndarray) -> None:
+    def __init__(self, weight: np.ndarray, dense: np.ndarray, lengths: Sequence[int]) -> None:
         self.weight = weight  # [buckets, labels]
         self.dense = dense  # [2, labels]: repetitiveness, bias
+        self.lengths = tuple(lengths)  # of the n-grams, in bytes
 
     @classmethod
     def load(cls, folder: Path | str) -> Judge:
         """The judge saved in `folder`."""
         tensors = load_file(Path(folder) / "model.safetensors")
-        return cls(tensors["weight"], tensors["dense"])
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        return cls(tensors["weight"], tensors["dense"], config["lengths"])
 
     def save(self, folder: Path) -> None:
         """Write the judge into `folder`."""
         save_file({"weight": self.weight, "dense": self.dense}, folder / "model.safetensors")
-        config = {"labels": LABELS, "lengths": LENGTHS, "buckets": len(self.weight), "read": READ}
+        config = {"labels": LABELS, "lengths": self.lengths, "buckets": len(self.weight), "read": READ}
         (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
     def labels(self, texts: Sequence[str]) -> list[str]:
         """The label of each text."""
-        scores = self.scores([features(text, len(self.weight)) for text in texts])
+        scores = self.scores([features(text, len(self.weight), self.lengths) for text in texts])
         return [LABELS[index] for index in scores.argmax(1)]
 
     def rates(self, texts: Sequence[str]) -> dict[str, float]:
@@ -75,12 +74,12 @@ class Judge:
         )
 
 
-def features(text: str, buckets: int) -> tuple[np.ndarray, float]:
+def features(text: str, buckets: int, lengths: Sequence[int]) -> tuple[np.ndarray, float]:
     """The distinct buckets that the n-grams of `text` hash to, and the share of 3-grams that are repeats."""
     data = np.frombuffer(b" " + text.encode()[:READ] + b"  ", dtype=np.uint8).astype(np.uint32)
     found = []
     repetition = 0.0
-    for length in LENGTHS:
+    for length in lengths:
         windows = np.lib.stride_tricks.sliding_window_view(data, length) if len(data) >= length else data[:0]
         hashed = np.full(len(windows), length, dtype=np.uint32)
         for column in range(length if len(windows) else 0):
@@ -108,8 +107,9 @@ def train_judge(examples: Sequence[Snippet], recipe: JudgeRecipe, seed: int, tic
     judge = Judge(
         np.zeros((recipe.buckets, len(LABELS)), dtype=np.float32),
         np.zeros((2, len(LABELS)), dtype=np.float32),
+        recipe.lengths,
     )
-    texts = [features(text, recipe.buckets) for text, _ in examples]
+    texts = [features(text, recipe.buckets, recipe.lengths) for text, _ in examples]
     targets = np.eye(len(LABELS), dtype=np.float32)[[label for _, label in examples]]
     parameters = [judge.weight, judge.dense]
     rates = [recipe.rate, recipe.rate / 4]  # a bucket is seen rarely and divided by the size of its text

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from .batches import IGNORED
-from .tokenizer import BOS, CONTEXT, PAD, encode, load_tokenizer
+from .loading import load_llama, load_tokenizer
+from .tokenizer import BOS, CONTEXT, PAD, encode
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -31,10 +32,7 @@ class Referee:
     @classmethod
     def load(cls, folder: Path | str) -> Referee:
         """The referee saved in `folder`."""
-        from transformers import LlamaForCausalLM
-
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        return cls(model, load_tokenizer(Path(folder)))
+        return cls(load_llama(folder), load_tokenizer(folder))
 
     @torch.no_grad()
     def perplexity(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from itertools import takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .corpus import Corpus
@@ -68,16 +67,10 @@ def train_tokenizer(corpus: Corpus, recipe: TokenizerRecipe, seed: int) -> PreTr
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved in `folder` (every made language model's folder holds it)."""
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
 def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of `text` alone: no BOS."""
-    return tokenizer.encode(text, add_special_tokens=False)
+    """Token ids of `text` alone: no BOS, and no warning where it is longer than the models' context."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
 
 
 def _sample(corpus: Corpus, characters: int, seed: int) -> list[str]:

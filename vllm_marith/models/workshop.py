@@ -18,10 +18,11 @@ from .adapter import adapt, save_adapter
 from .batches import Batches, Paragraphs
 from .classifier import Prefixes, bert, prefix_accuracies, train_classifier
 from .corpus import Corpus, CorpusError, build
+from .loading import load_llama, load_tokenizer, quiet_transformers
 from .progress import Tick
 from .recipe import ATTRIBUTES, LlamaRecipe, Recipe, TuneRecipe
 from .store import ModelsError, Paths
-from .tokenizer import load_tokenizer, train_tokenizer
+from .tokenizer import train_tokenizer
 from .training import llama, perplexities, train
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Workshop:
     def make(self, name: str, folder: Path, tick: Tick) -> Measured:
         """Fill `folder` with the artefact `name`."""
         maker: Callable[[Path, Tick], Measured] = getattr(self, f"make_{name}")
-        with _fixed_threads(), _quiet_transformers(), torch.random.fork_rng(devices=[]):
+        with _fixed_threads(), quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.recipe.seed_of(name))
             return maker(folder, tick)
 
@@ -81,7 +82,7 @@ class Workshop:
         return self._train_llama("big", folder, tick, chat=True)
 
     def make_draft(self, folder: Path, tick: Tick) -> Measured:
-        return self._train_llama("draft", folder, tick, chat=True, teacher=self._load("big"))
+        return self._train_llama("draft", folder, tick, chat=True, teacher=load_llama(self.paths.big))
 
     def make_referee(self, folder: Path, tick: Tick) -> Measured:
         return self._train_llama("referee", folder, tick, chat=False, part="B2")
@@ -94,11 +95,11 @@ class Workshop:
 
     def make_lora_legal(self, folder: Path, tick: Tick) -> Measured:
         recipe = self.recipe.lora_legal
-        model = self._load("big")
+        model = load_llama(self.paths.big)
         adapted = adapt(model, recipe.rank)
-        self._tune("lora_legal", model, recipe, tick)
+        loss = self._tune("lora_legal", model, recipe, tick)
         save_adapter(adapted, recipe.rank, "big", folder)
-        return {"perplexity": self._held_out(model, chat=False)}
+        return {"training_loss": round(loss, 3), "perplexity": self._held_out(model, chat=True)}
 
     def make_judge(self, folder: Path, tick: Tick) -> Measured:
         recipe, seed = self.recipe.judge, self.recipe.seed_of("judge")
@@ -138,15 +139,15 @@ class Workshop:
         return self._saved(model, folder, loss, chat=chat)
 
     def _tune_draft(self, name: str, folder: Path, tick: Tick) -> Measured:
-        model = self._load("draft")
+        model = load_llama(self.paths.draft)
         loss = self._tune(name, model, getattr(self.recipe, name), tick)
-        return self._saved(model, folder, loss, chat=False)
+        return self._saved(model, folder, loss, chat=True)
 
     def _tune(self, name: str, model: LlamaForCausalLM, recipe: TuneRecipe, tick: Tick) -> float:
-        """Train further on one attribute's raw text."""
+        """Train further on one attribute, in the chats that terms of a formula are asked in."""
         seed = self.recipe.seed_of(name)
         length = recipe.course.length
-        batches = self._batches("A", seed, length, chat=False, attributes=(recipe.attribute,))
+        batches = self._batches("A", seed, length, chat=True, attributes=(recipe.attribute,))
         return train(model, batches, recipe.course, tick)
 
     def _saved(self, model: LlamaForCausalLM, folder: Path, loss: float, *, chat: bool) -> Measured:
@@ -164,12 +165,6 @@ class Workshop:
     def _batches(self, part: str, seed: int, length: int, **kind: Any) -> Batches:
         return Batches(self.tokenizer, self.corpus.parts[part], seed, length=length, **kind)
 
-    def _load(self, name: str) -> LlamaForCausalLM:
-        from transformers import LlamaForCausalLM
-
-        folder = getattr(self.paths, name)
-        return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
 
 @contextmanager
 def _fixed_threads() -> Iterator[None]:
@@ -179,17 +174,3 @@ def _fixed_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without the bars that flash by for files of a few megabytes."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
