@@ -28,7 +28,9 @@ class Entry:
         how: ``wraps`` (called through, result kept or amended), ``overrides`` (a subclass's method)
             or ``reads`` (an attribute or method that we use as it is).
         removal: the upstream change that would make the entry unnecessary.
-        parameters: names that the signature must accept, the first of which is ``self`` for methods.
+        parameters: names that the signature must accept, the first of which is ``self`` for methods;
+            for a class, names that its instances are made with.
+        runner: ``v1`` or ``v2``, the model runner that needs the entry; empty for both.
     """
 
     target: str
@@ -36,8 +38,11 @@ class Entry:
     how: str
     removal: str
     parameters: tuple[str, ...] = ()
+    runner: str = ""
 
 
+_V2 = "vllm.v1.worker.gpu"
+_V2_API = "a V2 logits hook ahead of the grammar mask, and one on the sampled tokens"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _SCHEDULER_API = "a scheduler plugin API with an all-or-none scheduling hook"
 
@@ -165,6 +170,7 @@ LEDGER: tuple[Entry, ...] = (
         "wraps",
         "a logits hook ahead of the grammar mask",
         ("self", "grammar_output"),
+        runner="v1",
     ),
     Entry(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
@@ -172,6 +178,66 @@ LEDGER: tuple[Entry, ...] = (
         "wraps",
         "a hook on the sampled token ids",
         ("self", "logits", "spec_decode_metadata"),
+        runner="v1",
+    ),
+    Entry(
+        "vllm.config.parallel:ParallelConfig",
+        "a worker's hooks must be there before it loads its model",
+        "reads",
+        "logits processors that are made before the model state",
+        ("worker_extension_cls",),
+        runner="v2",
+    ),
+    Entry(
+        f"{_V2}.model_states:resolve_model_state_cls",
+        "the model state is asked for all that is particular to a model: ours extends the one vLLM chose",
+        "wraps",
+        "a model state class named by the configuration",
+        ("vllm_config", "model"),
+        runner="v2",
+    ),
+    *(
+        Entry(f"{_V2}.model_states.interface:ModelState.{name}", why, "overrides", _V2_API, parameters, "v2")
+        for name, why, parameters in (
+            (
+                "__init__",
+                "the model's compute_logits is wrapped: fusion must come before the grammar mask",
+                ("self", "vllm_config", "model", "encoder_cache", "device"),
+            ),
+            ("add_request", "who is a member of which group", ("self", "req_index", "new_req_data")),
+            ("remove_request", "who is no longer a member", ("self", "req_id")),
+            (
+                "prepare_inputs",
+                "the step's requests in the order of its rows",
+                ("self", "input_batch", "req_states"),
+            ),
+            (
+                "custom_sampler",
+                "followers receive their leader's token before anything reads it",
+                ("self", "sampler"),
+            ),
+        )
+    ),
+    *(
+        Entry(f"{_V2}.{name}", why, "reads", _V2_API, parameters, "v2")
+        for name, why, parameters in (
+            (
+                "input_batch:InputBatch",
+                "which request sits in which row, and whether its prompt is complete",
+                ("req_ids", "seq_lens_cpu_upper_bound", "prefill_len_np"),
+            ),
+            ("sample.output:SamplerOutput", "the tokens that are tied", ("sampled_token_ids",)),
+            (
+                "model_runner:GPUModelRunner.sample",
+                "calls compute_logits, masks, and calls the sampler, in this order",
+                ("self", "hidden_states", "input_batch", "grammar_output"),
+            ),
+            (
+                "sample.logits_processor.interface:LogitsProcessor",
+                "the registered class is one of these, too",
+                ("vllm_config", "req_states"),
+            ),
+        )
     ),
 )
 
@@ -199,9 +265,14 @@ def _resolve(target: str) -> tuple[Any, str, Any]:
     return owner, name, getattr(owner, name)
 
 
-def missing() -> Iterator[str]:
-    """Sentences, one for each ledger entry that the installed vLLM does not satisfy."""
+def missing(runner: str = "") -> Iterator[str]:
+    """Sentences, one for each ledger entry that the installed vLLM does not satisfy.
+
+    runner: ``v1`` or ``v2`` for what only this model runner needs, empty for what both need.
+    """
     for entry in LEDGER:
+        if entry.runner != runner:
+            continue
         try:
             _, _, value = _resolve(entry.target)
         except (ImportError, AttributeError):
@@ -211,6 +282,11 @@ def missing() -> Iterator[str]:
         lacking = [name for name in entry.parameters if name not in accepted]
         if lacking:
             yield f"{entry.target} takes no {', '.join(lacking)}"
+
+
+def is_patched(target: str) -> bool:
+    """Whether `patch` has replaced the target in this process."""
+    return getattr(_resolve(target)[2], "_marith", False)
 
 
 def patch(target: str, wrap: Callable[[Any], Any]) -> None:

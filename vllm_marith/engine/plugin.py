@@ -9,7 +9,8 @@ What is switched on where:
 
 - frontend: `enable` wraps the renderers and the input processor (see `frontend`);
 - engine core: the scheduler class is the one that `enable` wrote into the configuration (`core`);
-- worker: vLLM constructs `FormulaLogitsProcessor` there, which wraps the model runner (`worker`).
+- worker: vLLM constructs `FormulaLogitsProcessor` there, which wraps the V1 model runner; for V2, the
+  worker extension that `enable` wrote into the configuration acts before the model is loaded (`worker`).
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def enable(config: VllmConfig) -> None:
     from .settings import Settings
 
     check_options(config)
+    _check_ledger("v2" if config.use_v2_model_runner else "v1")
     try:
         Settings.of(config).load_presets()
     except ValueError as error:
@@ -83,7 +85,11 @@ def enable(config: VllmConfig) -> None:
     scheduler.scheduler_cls = _SCHEDULERS[f"{base.__module__}.{base.__qualname__}"]
 
     from .frontend import hooks
+    from .worker import extension
 
+    # Whichever runner this process would choose: workers decide for themselves.
+    parallel = config.parallel_config
+    parallel.worker_extension_cls = extension.name_over(parallel.worker_extension_cls)
     hooks.install()
 
 
@@ -106,9 +112,15 @@ def check_version() -> None:
         raise UnsupportedError(
             f"this vllm-marith serves formulas with vLLM {patches.SUPPORTED}; installed is {found}"
         )
-    for sentence in patches.missing():
+    _check_ledger()
+
+
+def _check_ledger(runner: str = "") -> None:
+    import vllm
+
+    for sentence in patches.missing(runner):
         raise UnsupportedError(
-            f"this build of vLLM {found} differs from the supported {patches.SUPPORTED}: {sentence}"
+            f"vLLM {vllm.__version__} differs here from the supported {patches.SUPPORTED}: {sentence}"
         )
 
 
@@ -122,10 +134,6 @@ def check_options(config: VllmConfig) -> None:
         (model.is_encoder_decoder, "encoder-decoder models cannot serve formulas"),
         (model.is_hybrid or model.is_attention_free, "models with Mamba layers cannot serve formulas yet"),
         (model.is_diffusion, "diffusion models cannot serve formulas"),
-        (
-            config.use_v2_model_runner,
-            "formulas need vLLM's V1 model runner: start with VLLM_USE_V2_MODEL_RUNNER=0",
-        ),
         (config.speculative_config is not None, "--speculative-config cannot be combined with formulas"),
         (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size must be 1 to serve formulas"),
         (
@@ -133,6 +141,11 @@ def check_options(config: VllmConfig) -> None:
             "context parallelism cannot be combined with formulas",
         ),
         (parallel.enable_dbo, "--enable-dbo (dual-batch overlap) would split a group's rows"),
+        (
+            bool(parallel.enable_batch_sharded_sampling),
+            "--enable-batch-sharded-sampling would split a group's rows",
+        ),
+        (config.watermark_config is not None, "--watermark-config cannot be combined with formulas"),
         (config.kv_transfer_config is not None, "--kv-transfer-config (KV connectors) cannot serve formulas"),
         (config.ec_transfer_config is not None, "--ec-transfer-config cannot be combined with formulas"),
         (not known, f"--scheduler-cls {base.__qualname__} cannot be combined with formulas"),

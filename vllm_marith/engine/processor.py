@@ -1,40 +1,73 @@
-"""The class that ``--logits-processor marith`` names.
+"""The class that ``--logits-processor marith`` names, for both model runners.
 
 It is the switch, not the mechanism: vLLM's logits processors see the rows after the raw
-log-probabilities were taken and cannot read another row consistently, so the formula is applied
-by the worker's hooks, which the construction of this class installs.
+log-probabilities were taken (V1) or after grammar mask and penalties (V2) and cannot read another row
+consistently, so the formula is applied by the worker's hooks.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vllm.v1.sample.logits_processor import LogitsProcessor
+import torch
+from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.sample.logits_processor import BatchUpdate
+    from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsContext, LogitsProcRequestState
 
 
-class FormulaLogitsProcessor(LogitsProcessor):
-    """Serves formulas (arXiv 2311.14479) given in ``extra_args["marith"]``."""
+class FormulaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
+    """Serves formulas (arXiv 2311.14479) given in ``extra_args["marith"]``.
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
+    One class with both interfaces, which differ in two signatures: which runner there is, each worker
+    decides for itself, and it may be another than the frontend's.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        where: torch.device | LogitsProcRequestState,
+        is_pin_memory: bool = False,
+    ) -> None:
+        """where: the device (V1), or V2's state of all requests."""
         from .settings import Settings
-        from .worker import runner_v1
+        from .worker import rows, runner_v1, runner_v2
 
-        runner_v1.install()
+        if isinstance(where, torch.device):
+            device = where
+            runner_v1.install()
+        else:
+            device = where.device
+            if not runner_v2.installed():
+                # Requests would be served, silently, with their leader's distribution.
+                raise RuntimeError(
+                    "formulas cannot be served: the worker was started without the extension that "
+                    "`--logits-processor marith` sets (parallel_config.worker_extension_cls)"
+                )
         if Settings.of(vllm_config).warmup:
-            runner_v1.warmup(device)
+            dtype = vllm_config.model_config.dtype
+            assert isinstance(dtype, torch.dtype)
+            rows.warmup(device, dtype)
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Nothing: formulas are checked where their prompts are rendered (`frontend`)."""
 
     def is_argmax_invariant(self) -> bool:
-        """True: `apply` changes nothing, and vLLM then calls it for no greedy batch."""
+        """V1.  True: `apply` changes nothing, and vLLM then calls it for no greedy batch."""
         return True
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Nothing is kept per row here."""
+        """V1.  Nothing is kept per row here."""
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """V2.  False: the row needs no processing on our account."""
+        return False
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext | Any = None) -> torch.Tensor:
         """The logits unchanged: fusion happened before this point."""
         return logits

@@ -15,7 +15,14 @@ import marith_kernels
 import numpy as np
 import torch
 
+from .. import patches
 from ..group import KEY, Instruction, MemberTag
+
+
+def warmup(device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles the fusion kernels for logits of `dtype` now rather than under the first request."""
+    marith_kernels.warmup(device=device, dtypes=[dtype])
+    patches.shield_llvmlite()
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ class RowPlans:
         self.device = device
         self.key: tuple[list[str], np.ndarray] | None = None
         self.plan: RowPlan | None = None
+
+    def forget(self) -> None:
+        """The same request ids may now stand for other requests."""
+        self.key = None
 
     def plan_step(
         self,
@@ -106,7 +117,10 @@ class RowPlans:
             return None
 
         def index(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+            # A copy from ordinary memory may wait for the device.
+            pinned = self.device.type == "cuda"
+            on_host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
+            return on_host.to(self.device, non_blocking=True)
 
         return RowPlan(
             marith_kernels.Batch.build(programs, rows, self.device),

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import marith_kernels
 import torch
 
 from .. import patches
@@ -28,12 +27,6 @@ def install() -> None:
     """Wraps the runner's two functions; idempotent, once per worker process."""
     patches.patch(f"{_RUNNER}.sample_tokens", _with_fusion)
     patches.patch(f"{_RUNNER}._sample", _with_tie)
-
-
-def warmup(device: torch.device) -> None:
-    """Compiles the fusion kernels now rather than under the first request."""
-    marith_kernels.warmup(device=device)
-    patches.shield_llvmlite()
 
 
 def _with_fusion(sample_tokens: Any) -> Any:

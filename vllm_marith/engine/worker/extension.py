@@ -1,0 +1,42 @@
+"""How the hooks of the V2 model runner get into a worker before it loads its model.
+
+The logits processors that ``--logits-processor`` names are made after the model state, which is too
+late.  The class named by ``--worker-extension-cls`` is looked up earlier: when a worker process has
+loaded its plugins and before it makes its worker.  `plugin.enable` therefore names an attribute of this
+module there, and looking it up is what installs the hooks.  An operator's own extension is kept: its
+name becomes a part of the attribute's.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_PREFIX = "FormulaWorker"
+
+
+class NoExtension:
+    """Adds nothing to vLLM's worker class."""
+
+
+def name_over(theirs: str) -> str:
+    """The value of ``worker_extension_cls`` that installs the hooks and then gives `theirs`.
+
+    theirs: a qualified class name, or the empty string for none.
+    """
+    if theirs.startswith(f"{__name__}."):
+        return theirs
+    return f"{__name__}.{_PREFIX}" + (":" + theirs.replace(".", ":") if theirs else "")
+
+
+def __getattr__(name: str) -> Any:
+    ours, _, theirs = name.partition(":")
+    if ours != _PREFIX:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import runner_v2
+
+    runner_v2.install()
+    if not theirs:
+        return NoExtension
+    module, _, attribute = theirs.replace(":", ".").rpartition(".")
+    return getattr(import_module(module), attribute)

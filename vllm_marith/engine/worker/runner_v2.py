@@ -1,0 +1,182 @@
+"""Fusion and tie on vLLM's V2 model runner.
+
+Order within ``GPUModelRunner.sample``::
+
+    compute_logits ─▶ FUSE ─▶ grammar mask ─▶ Sampler: bias, penalties, T, top-k/p, token, log-probs ─▶ TIE
+
+so that whatever a request asks of the sampler acts on the formula's distribution, once.  Both ends
+hang on one seam of vLLM's own: the *model state*, which it makes for every model right after loading
+it and asks on the way for everything that is particular to the model.
+
+    add_request / remove_request    who is a member of which group; a resumed request comes as a new one
+    prepare_inputs                  the step's batch, whose rows are in another order every time
+    model.compute_logits            wrapped on the model that the state was made for: FUSE
+    custom_sampler                  the sampler in a wrapper: TIE
+
+Noise: the V2 sampler draws Gumbel noise from a request's seed and the token's position in its own
+sequence.  A formula's token is drawn in its leader's row, with the leader's seed and position, so other
+terms' prompts do not matter to it, and a formula of one term draws the tokens of the plain request.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import patches
+from ..group import KEY
+from .rows import RowPlan, RowPlans
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState as ModelState
+    from vllm.v1.worker.gpu.states import RequestState
+else:
+    ModelState = object
+
+_RESOLVE = "vllm.v1.worker.gpu.model_states:resolve_model_state_cls"
+
+
+def install() -> None:
+    """Makes vLLM's model states ours; idempotent, once per worker process, before the model is loaded."""
+    patches.patch(_RESOLVE, _with_formulas)
+
+
+def installed() -> bool:
+    """Whether models loaded in this process serve formulas."""
+    return patches.is_patched(_RESOLVE)
+
+
+def _with_formulas(resolve_model_state_cls: Any) -> Any:
+    @functools.wraps(resolve_model_state_cls)
+    def resolve(vllm_config: Any, model: Any) -> type[ModelState]:
+        found = resolve_model_state_cls(vllm_config, model)
+        # A plain engine may start later in the same process.
+        return _over(found) if _named(vllm_config) else found
+
+    return resolve
+
+
+def _named(vllm_config: Any) -> bool:
+    from ..processor import FormulaLogitsProcessor as Ours
+
+    name = f"{Ours.__module__}:{Ours.__qualname__}"
+    return any(p in (Ours, name) for p in vllm_config.model_config.logits_processors or ())
+
+
+@functools.cache
+def _over(base: type[ModelState]) -> type[ModelState]:
+    return type(f"Formula{base.__name__}", (FormulaState, base), {"__module__": __name__})
+
+
+class FormulaState(ModelState):
+    """Mixin over the model state class that vLLM resolved."""
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self.groups = StepGroups(device)
+        compute_logits = model.compute_logits
+
+        @functools.wraps(compute_logits)
+        def fused(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+            return self.groups.fuse(compute_logits(*args, **kwargs))
+
+        model.compute_logits = fused
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        params = new_req_data.sampling_params
+        self.groups.add_request(new_req_data.req_id, params.extra_args if params else None)
+        super().add_request(req_index, new_req_data)
+
+    def remove_request(self, req_id: str) -> None:
+        self.groups.remove_request(req_id)
+        super().remove_request(req_id)
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
+        self.groups.begin_step(input_batch)
+        return super().prepare_inputs(input_batch, req_states)
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
+        sampler, rejection_sampler = super().custom_sampler(sampler) or (sampler, None)
+        return TyingSampler(sampler, self.groups), rejection_sampler
+
+
+class StepGroups:
+    """The groups of a worker and what one step does with their rows.
+
+    `begin_step`, `fuse` and `tie` follow each other once a step that has members in it.  vLLM computes
+    logits and samples for other purposes too (prompt log-probabilities, profiling, warm-up): without a
+    begun step both functions change nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.plans = RowPlans(device)
+        # Request id -> SamplingParams.extra_args, for members of groups only.
+        self.members: dict[str, dict[str, Any]] = {}
+        # The begun step whose logits have not been computed.
+        self.batch: InputBatch | None = None
+        # The plan of the step whose logits were fused and whose tokens have not been sampled.
+        self.plan: RowPlan | None = None
+
+    def add_request(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
+        if extra_args and KEY in extra_args:
+            self.members[request_id] = extra_args
+            # The id of a request that ended may come back with another formula.
+            self.plans.forget()
+
+    def remove_request(self, request_id: str) -> None:
+        self.members.pop(request_id, None)
+
+    def begin_step(self, batch: InputBatch) -> None:
+        # A dummy batch has no member in it, whatever requests wait for their turn.
+        has_members = bool(self.members) and not self.members.keys().isdisjoint(batch.req_ids)
+        self.batch = batch if has_members else None
+        self.plan = None
+
+    def fuse(self, logits: torch.Tensor | None) -> torch.Tensor | None:
+        """The step's logits ``[rows, vocab]`` with each joint group's formula in its leader's row.
+
+        Planned here rather than in `begin_step`: on a GPU the forward pass is running meanwhile.
+        """
+        batch, self.batch = self.batch, None
+        if batch is None or logits is None:
+            return logits
+        rows = len(batch.req_ids)
+        if logits.shape[0] != rows:
+            raise RuntimeError(f"expected logits of one row a request, {rows}, found {logits.shape[0]} rows")
+        # Exact without drafts.  What is short of its prompt is a chunk of it, or a held member.
+        lengths = batch.seq_lens_cpu_upper_bound.numpy()[:rows]
+        held = lengths < batch.prefill_len_np[:rows]
+        self.plan = self.plans.plan_step(batch.req_ids, held, self.members.get)
+        return self.plan.fuse(logits) if self.plan else logits
+
+    def tie(self, sampled: torch.Tensor) -> None:
+        """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""
+        if self.batch is not None:
+            self.batch = None
+            raise RuntimeError("a step's tokens were sampled from logits that compute_logits did not give")
+        plan, self.plan = self.plan, None
+        if plan is not None:
+            plan.tie(sampled)
+
+
+class TyingSampler:
+    """vLLM's sampler, except that followers come out with their leader's token.
+
+    Before anything reads it: the runner's output, the next step's inputs and the penalties' counts.
+    """
+
+    def __init__(self, sampler: Any, groups: StepGroups) -> None:
+        self._sampler = sampler
+        self._groups = groups
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._sampler(*args, **kwargs)
+        self._groups.tie(output.sampled_token_ids)
+        return output
