@@ -112,6 +112,12 @@ def test_check_fails_with_the_environment(monkeypatch, capsys) -> None:
     assert marith(monkeypatch, "check") == 0
 
 
+def test_the_demo_without_vllm_says_so_at_once(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda _: None)
+    assert marith(monkeypatch, "demo") == 1
+    assert "the demo needs vLLM" in capsys.readouterr().err
+
+
 def test_bench_passes_arguments_and_exit_code_on(monkeypatch) -> None:
     called: list[list[str]] = []
 

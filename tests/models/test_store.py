@@ -44,6 +44,9 @@ def test_a_second_run_is_quick_and_imports_no_torch(made: Paths, recipe: Recipe)
 
 
 def test_the_same_seed_makes_the_same_bytes(begun: Path, made: Paths, recipe: Recipe) -> None:
+    ensure(begun, only=["tokenizer"], force=True, progress=False, recipe=recipe)
+    told = [(place / "tokenizer" / "tokenizer.json").read_bytes() for place in (begun, made.home)]
+    assert told[0] == told[1]
     ensure(begun, only=["big", "judge"], progress=False, recipe=recipe)
     for name in ("big", "judge"):
         again = (begun / name / "model.safetensors").read_bytes()

@@ -4,7 +4,18 @@
     paths = ensure()        # minutes the first time, nothing afterwards
     paths.big               # a Llama that vLLM and transformers load
 
-What each model is stands in `docs/models.md`; how each is made, in `recipe`.
+    tokenizer    byte-level BPE of 2048 tokens and a chat template
+    big          Llama; writes prose, code or legal text as its system message asks ("write prose",
+                 "write code", "write legal text"), any of them without one
+    draft        a smaller Llama that learned from `big`; the same tokenizer
+    expert, anti the draft, trained further on legal text and on code
+    lora_legal   an adapter on `big`, in PEFT's format
+    judge_bert   BERT that classifies prefixes, for classifier terms
+    judge        says which attribute a text has, or that it is garbage (`Judge`)
+    referee      an unconditional Llama for perplexity (`Referee`)
+
+The language models and `judge_bert` learn from one part of the corpus, the judge and the referee each from
+another, and what `report.json` says was measured on a fourth.  `recipe` holds every number.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ class Workshop:
         except CorpusError as error:
             raise ModelsError(str(error)) from error
         corpus.save(folder)
-        return {"characters": corpus.characters()}
+        sizes = corpus.characters()
+        totals = {a: sum(part[a] for part in sizes.values()) for a in ATTRIBUTES}
+        return {"characters": totals, "characters_by_part": sizes}
 
     def make_tokenizer(self, folder: Path, tick: Tick) -> Measured:
         tokenizer = train_tokenizer(self.corpus, self.recipe.tokenizer, self.recipe.seed_of("tokenizer"))
