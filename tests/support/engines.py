@@ -26,6 +26,7 @@ def prepare_environment() -> None:
 @contextmanager
 def engine(model: Any, *, formulas: bool = True, **options: Any) -> Iterator[Any]:
     """A `vllm.LLM` over `model`, shut down at the end so that the next one can start."""
+    import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -41,14 +42,21 @@ def engine(model: Any, *, formulas: bool = True, **options: Any) -> Iterator[Any
     )
     if formulas:
         defaults["logits_processors"] = ["marith"]
-    llm = LLM(str(model), **{**defaults, **options})
+    # Threads that wait for each other spin: with models this small, on cores that have other work too,
+    # a second thread makes everything several times slower.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        yield llm
+        llm = LLM(str(model), **{**defaults, **options})
+        try:
+            yield llm
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+            cleanup_dist_env_and_memory()
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
+        torch.set_num_threads(threads)
 
 
 def scheduler(llm: Any) -> Any:
