@@ -3,7 +3,25 @@
 Depends on torch; uses numba on CPUs and triton on GPUs where they are installed.
 """
 
-from .fusion import BACKENDS, Fused, fuse, warmup
+from .backends import DECODING_BACKENDS, FUSE_BACKENDS
+from .decoding import Sampled, Verified, residual, sample, verify
+from .fusion import Fused, fuse, warmup
 from .program import MAX_DEPTH, OPS, Batch, Instruction, Program
 
-__all__ = ["BACKENDS", "MAX_DEPTH", "OPS", "Batch", "Fused", "Instruction", "Program", "fuse", "warmup"]
+__all__ = [
+    "DECODING_BACKENDS",
+    "FUSE_BACKENDS",
+    "MAX_DEPTH",
+    "OPS",
+    "Batch",
+    "Fused",
+    "Instruction",
+    "Program",
+    "Sampled",
+    "Verified",
+    "fuse",
+    "residual",
+    "sample",
+    "verify",
+    "warmup",
+]

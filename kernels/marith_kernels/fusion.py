@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from .backends import check_dtype, check_logits, module_of, resolve
 from .program import Batch
-
-BACKENDS = ("auto", "reference", "torch", "numba", "triton")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Fused(NamedTuple):
@@ -54,7 +49,7 @@ def fuse(
     vocab_size: columns that count (default: all).
     out: float32 [G, >= vocab_size], any row stride, not overlapping logits; what lies beyond vocab_size
     becomes -inf.
-        Default: a new [G, vocab_size].
+        Default: a new [G, vocab_size]; on a GPU its row stride is a multiple of 16.
     backend: "auto" takes triton for CUDA tensors, and for CPU tensors numba, or torch where numba is not
     installed.
         "reference" computes in float64.
@@ -62,85 +57,45 @@ def fuse(
     Raises ValueError if shapes, dtypes or devices do not fit or the backend is unknown, RuntimeError if the
     backend is not installed or not for this device.
     """
-    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    vocab_size = check_logits(logits, vocab_size)
     _check(logits, batch, vocab_size, out)
     name = resolve(backend, logits.device)
     if out is None:
-        out = torch.empty(batch.n_groups, vocab_size, device=logits.device)
+        width = vocab_size if logits.device.type == "cpu" else -(-vocab_size // 16) * 16
+        out = torch.empty(batch.n_groups, width, device=logits.device)[:, :vocab_size]
     if batch.n_groups == 0:
         return Fused(out, out.new_empty(0), torch.empty(0, dtype=torch.int64, device=out.device))
-    lse, argmax = _module(name).fuse(logits, batch, vocab_size, out)
+    lse, argmax = module_of("fuse", name).fuse(logits, batch, vocab_size, out)
     return Fused(out, lse, argmax)
-
-
-def resolve(backend: str, device: torch.device) -> str:
-    """The backend that `backend` stands for on this device, checked to be usable there."""
-    if backend not in BACKENDS:
-        raise ValueError(f"Unknown backend {backend!r}; known are {', '.join(BACKENDS)}.")
-    if backend == "auto":
-        if device.type == "cpu":
-            return "numba" if _installed("numba") else "torch"
-        if device.type == "cuda":
-            backend = "triton"
-        else:
-            return "torch"
-    if backend in ("numba", "triton") and not _installed(backend):
-        raise RuntimeError(
-            f"The {backend} backend needs {backend}, which is not installed; torch needs nothing."
-        )
-    if backend == "numba" and device.type != "cpu":
-        raise RuntimeError(f"The numba backend computes on CPU tensors, these are on {device}.")
-    return backend
 
 
 def warmup(
     backend: str = "auto",
     device: torch.device | str = "cpu",
     dtypes: Sequence[torch.dtype] = (torch.float32,),
+    *,
+    vocab_size: int = 151_936,
+    stride: int | None = None,
 ) -> str:
-    """Compile what serving logits of these dtypes will need, and return the backend's name.
+    """Compile what `fuse` will need for logits of these dtypes, and return the backend's name.
 
-    A cold compilation takes seconds to a minute; numba and triton both keep the result on disk.
+    A cold compilation takes seconds to a minute; numba and triton both keep the result on disk. Triton
+    compiles anew for a vocabulary or a row stride (default: the vocabulary) that is divisible by 16 where
+    the other was not, so tell it those of the model.
     """
-    name = resolve(backend, torch.device(device))
-    _check_dtypes(dtypes)
-    module = _module(name)
-    if hasattr(module, "warmup"):
+    device = torch.device(device)
+    name = resolve(backend, device)
+    for dtype in dtypes:
+        check_dtype(dtype)
+    module = module_of("fuse", name)
+    if name == "numba":
         module.warmup(dtypes)
+    elif name == "triton":
+        module.warmup(dtypes, device, vocab_size, stride or vocab_size)
     return name
 
 
-@functools.cache
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-@functools.cache
-def _module(name: str) -> ModuleType:
-    modules = {
-        "reference": "reference",
-        "torch": "torch_eager",
-        "numba": "numba_cpu",
-        "triton": "triton_gpu",
-    }
-    return importlib.import_module(f".{modules[name]}", __package__)
-
-
-def _check_dtypes(dtypes: Sequence[torch.dtype]) -> None:
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"Logits are float32, bfloat16 or float16, not {dtype}.")
-
-
 def _check(logits: torch.Tensor, batch: Batch, vocab_size: int, out: torch.Tensor | None) -> None:
-    if logits.dim() != 2:
-        raise ValueError(f"Logits are [rows, vocabulary], not {tuple(logits.shape)}.")
-    if logits.dtype not in DTYPES:
-        raise ValueError(f"Logits are float32, bfloat16 or float16, not {logits.dtype}.")
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        raise ValueError("The tokens of a row of logits must lie next to each other (stride 1).")
-    if not 0 < vocab_size <= logits.shape[1]:
-        raise ValueError(f"vocab_size is {vocab_size} and the logits have {logits.shape[1]} columns.")
     if batch.n_rows > logits.shape[0]:
         raise ValueError(
             f"The batch reads row {batch.n_rows - 1} and the logits have {logits.shape[0]} rows."

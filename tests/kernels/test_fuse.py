@@ -9,8 +9,18 @@ import threading
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from marith_kernels import BACKENDS, Batch, Program, fuse, numba_cpu, openmp, reference, torch_eager, warmup
-from marith_kernels.fusion import resolve
+from marith_kernels import (
+    FUSE_BACKENDS,
+    Batch,
+    Program,
+    fuse,
+    numba_cpu,
+    openmp,
+    reference,
+    torch_eager,
+    warmup,
+)
+from marith_kernels.backends import resolve
 
 from .cases import DTYPES, VOCAB_SIZES, Case, cases, check, programs
 
@@ -244,7 +254,7 @@ def test_no_disk_cache_is_no_obstacle():
 
 
 def test_without_numba_torch_does_it(monkeypatch):
-    monkeypatch.setattr("marith_kernels.fusion._installed", lambda package: False)
+    monkeypatch.setattr("marith_kernels.backends._installed", lambda package: False)
     assert resolve("auto", torch.device("cpu")) == "torch"
     with pytest.raises(RuntimeError, match="numba backend needs numba, which is not installed"):
         resolve("numba", torch.device("cpu"))
@@ -283,6 +293,6 @@ LOGITS = torch.zeros(3, 16)
     ],
 )
 def test_refused_calls(arguments, message):
-    assert "auto" in BACKENDS
+    assert "auto" in FUSE_BACKENDS
     with pytest.raises(ValueError, match=message):
         fuse(**{"logits": LOGITS, "batch": Batch.build([UNION], [[0, 1, 2]]), **arguments})

@@ -1,0 +1,41 @@
+"""The fused operation on GPUs: one launch for a batch of weighted sums, two for any other.
+
+No host synchronisation, no allocation whose size depends on data, so a CUDA graph may hold it. Every kernel
+takes formulas as data; what is compiled are a few variants by logits dtype, number of terms or stack slots,
+and whether the row stride and the vocabulary are divisible by 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import triton_combine, triton_lse
+from .program import Batch, Program
+
+
+def fuse(
+    logits: torch.Tensor, batch: Batch, vocab_size: int, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `marith_kernels.fuse`. Returns (lse, argmax)."""
+    row_lse = triton_lse.lse(logits, batch, vocab_size) if batch.n_lse_rows else None
+    return triton_combine.combine(logits, row_lse, batch, vocab_size, out)
+
+
+def warmup(dtypes: Sequence[torch.dtype], device: torch.device, vocab_size: int, stride: int) -> None:
+    """Compile every variant for logits of this shape; nothing is left to compile while requests wait."""
+    rows = [list(range(triton_combine.MAX_TERMS))]
+    programs = []
+    n_terms = 1
+    while n_terms <= triton_combine.MAX_TERMS:
+        programs.append(Program([("push", 0, 1.0)] + [("add", t, 1.0) for t in range(1, n_terms)]))
+        n_terms *= 2
+    for slots in triton_combine.SLOTS:
+        deep = [("push", 0, 1.0)] * slots + [("pop_add", -1, 1.0)] * (slots - 1) + [("max", 1, 1.0)]
+        programs += [Program(deep), Program(deep, divide=True)]
+    for dtype in dtypes:
+        logits = torch.zeros(triton_combine.MAX_TERMS, stride, dtype=dtype, device=device)
+        for program in programs:
+            out = torch.empty(1, stride, device=device)
+            fuse(logits, Batch.build([program], rows, device), vocab_size, out)
