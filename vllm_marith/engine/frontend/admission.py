@@ -141,11 +141,14 @@ class Admission:
                 high = middle - 1
         return low
 
-    def expand(self, request: Any, engine_input: MutableMapping[str, Any]) -> None:
+    def expand(self, request: Any, engine_input: MutableMapping[str, Any], max_tokens: int | None) -> None:
         """Puts the group into an ``EngineCoreRequest``, in place.
 
         The request's prompt becomes the leader's, and ``max_tokens`` is clamped to what the model's
         context and the KV cache leave for the longest term.
+
+        Args:
+            max_tokens: as in `admit`; the request's own are vLLM's default where the client left it open.
 
         Raises:
             VLLMValidationError: the formula, or a parameter that formulas do not work with.
@@ -159,7 +162,7 @@ class Admission:
         ):
             if refused:
                 refuse(f"{what} cannot be combined with a formula")
-        leader, spec = self.admit(engine_input, params.extra_args[KEY], params.max_tokens)
+        leader, spec = self.admit(engine_input, params.extra_args[KEY], max_tokens)
         lengths = [len(leader), *map(len, spec.prompts)]
         limits = [params.max_tokens, self.config.model_config.max_model_len - max(lengths)]
         room = self.room(lengths)

@@ -118,7 +118,7 @@ def _expand(process_inputs: Any) -> Any:
             tok_params = self.renderer.default_cmpl_tok_params.with_kwargs(**tokenization)
             (prompt,) = self.renderer.render_cmpl([parse_model_prompt(self.model_config, prompt)], tok_params)
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        admission_of(self.renderer).expand(request, prompt)
+        admission_of(self.renderer).expand(request, prompt, params.max_tokens)
         return request
 
     return expanding

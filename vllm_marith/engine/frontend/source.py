@@ -38,17 +38,15 @@ class Completion:
 
     def _around_ids(self, renderer: Any, term: Term, ids: list[int]) -> list[int]:
         # The client's own token ids are kept; only what the term puts around them is tokenized.
-        mark = "\0"
-        head, found, tail = _fill(term, mark).partition(mark)
+        around = [f"{term.system}\n", ""] if term.prompt is None else term.prompt.split("{input}")
         encode = renderer.get_tokenizer().encode
-        before = encode(head)
-        if not found:
-            return _single_bos(renderer, before)
-        bos = renderer.get_bos_token_id()
-        if before and bos is not None and before[0] == bos and ids[:1] == [bos]:
+        found = encode(around[0])
+        if len(around) > 1 and found[:1] == ids[:1] == [renderer.get_bos_token_id()]:
             ids = ids[1:]
-        after = encode(tail, add_special_tokens=False) if tail else []
-        return _single_bos(renderer, [*before, *ids, *after])
+        for text in around[1:]:
+            found += ids
+            found += encode(text, add_special_tokens=False) if text else []
+        return _single_bos(renderer, found)
 
 
 @dataclass(frozen=True)
