@@ -77,7 +77,9 @@ def warmup(
     vocab_size: int = 151_936,
     stride: int | None = None,
 ) -> str:
-    """Compile what `fuse` will need for logits of these dtypes, and return the backend's name.
+    """Compile what `fuse` will need for logits of these dtypes and sampling and verification for fused ones.
+
+    Returns the backend's name.
 
     A cold compilation takes seconds to a minute; numba and triton both keep the result on disk. Triton
     compiles anew for a vocabulary or a row stride (default: the vocabulary) that is divisible by 16 where
@@ -92,6 +94,7 @@ def warmup(
         module.warmup(dtypes)
     elif name == "triton":
         module.warmup(dtypes, device, vocab_size, stride or vocab_size)
+        module_of("decoding", name).warmup(device, vocab_size, stride or vocab_size)
     return name
 
 

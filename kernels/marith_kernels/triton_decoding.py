@@ -24,6 +24,18 @@ from .triton_blocks import (
 
 BLOCK = decoding.SAMPLE_BLOCK
 
+# Small arrays that callers bring, perhaps as slices: their alignment must not have a kernel compiled anew.
+_ANY_ALIGNMENT = (
+    "uniform_ptr",
+    "temperature_ptr",
+    "token_ptr",
+    "start_ptr",
+    "accepted_ptr",
+    "target_lse_ptr",
+    "best_ptr",
+    "draft_lse_ptr",
+)
+
 
 @triton.jit
 def _inverse(temperature_ptr, n, TEMPERED: tl.constexpr):
@@ -52,7 +64,7 @@ def _first_above(mass, u, N: tl.constexpr):
     return tl.minimum(first, last)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def sample_kernel(
     x_ptr,
     x_stride,
@@ -122,7 +134,7 @@ def _tensor(temperature: torch.Tensor | None, unused: torch.Tensor) -> torch.Ten
     return unused if temperature is None else temperature
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def statistics_kernel(
     x_ptr,
     x_stride,
@@ -147,7 +159,7 @@ def statistics_kernel(
     first = tl.load(start_ptr + n)
     if t < tl.load(start_ptr + n + 1) - first - MISSING:
         row = first - MISSING * n + t
-        inverse, _ = _inverse(temperature_ptr, n, TEMPERED)
+        inverse, _greedy = _inverse(temperature_ptr, n, TEMPERED)
         x_row = x_ptr + row.to(tl.int64) * x_stride
         max_ptr += row * n_blocks
         sum_ptr += row * n_blocks
@@ -160,7 +172,7 @@ def statistics_kernel(
             x = load_block(x_row, offs, V, FULL=False)
             leave_statistics(x * inverse, b, BLOCK, max_ptr, sum_ptr, argmax_ptr)
         if arrives_last(counter_ptr + row, n_blocks):
-            peak, _, total = merge_statistics(max_ptr, sum_ptr, n_blocks, BLOCKS)
+            peak, _mass, total = merge_statistics(max_ptr, sum_ptr, n_blocks, BLOCKS)
             tl.store(lse_ptr + row, log_sum_exp(peak, total))
             tl.store(best_ptr + row, first_argmax(max_ptr, argmax_ptr, n_blocks, BLOCKS).to(tl.int64))
 
@@ -178,7 +190,7 @@ def _statistics(x, start, temperature, vocab_size, positions, missing):
     return lse, best
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def accept_kernel(
     target_ptr,
     target_stride,
@@ -222,7 +234,7 @@ def verify(target, draft, tokens, start, uniform, max_drafted, temperature, voca
     draft_lse, _ = _statistics(draft, start, temperature, vocab_size, max_drafted, 1)
     accepted = torch.empty(start.numel() - 1, dtype=torch.int64, device=target.device)
     accept_kernel[(start.numel() - 1,)](
-        target, target.stride(0), draft, draft.stride(0), tokens, uniform, start,
+        target, target.stride(0), draft, draft.stride(0), tokens.contiguous(), uniform.contiguous(), start,
         _tensor(temperature, target_lse), target_lse, best, draft_lse, accepted,
         POSITIONS=triton.next_power_of_2(max(max_drafted, 1)), TEMPERED=temperature is not None, num_warps=1,
     )  # fmt: skip
@@ -251,7 +263,7 @@ def _residual_block(
     leave_statistics(p, b, BLOCK, max_ptr, sum_ptr, argmax_ptr)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
+@triton.jit(do_not_specialize=["n_blocks"], do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def residual_kernel(
     target_ptr,
     target_stride,
@@ -305,7 +317,7 @@ def residual_kernel(
                 sum_ptr, argmax_ptr, BLOCK, FULL=False,
             )  # fmt: skip
         if arrives_last(counter_ptr + n, n_blocks):
-            _, _, total = merge_statistics(max_ptr, sum_ptr, n_blocks, BLOCKS)
+            _peak, _mass, total = merge_statistics(max_ptr, sum_ptr, n_blocks, BLOCKS)
             if (
                 total == 0.0
             ) & rejected:  # nothing left of p - q: log p, which this program then writes alone
@@ -328,3 +340,19 @@ def residual(target, draft, start, verified, temperature, vocab_size):
         num_warps=8,
     )  # fmt: skip
     return out
+
+
+def warmup(device: torch.device, vocab_size: int, stride: int) -> None:
+    """Compile every variant for float32 logits of this shape and up to 8 drafted tokens."""
+    for k in (1, 2, 4, 8):
+        for temperature in (None, torch.ones(1, device=device)):
+            target, draft = (torch.zeros(n, stride, device=device) for n in (k + 1, k))
+            start = torch.tensor([0, k + 1], dtype=torch.int32, device=device)
+            tokens = torch.zeros(k, dtype=torch.int64, device=device)
+            verified = decoding.Verified(
+                *verify(
+                    target, draft, tokens, start, torch.zeros(k, device=device), k, temperature, vocab_size
+                )
+            )
+            logits = residual(target, draft, start, verified, temperature, vocab_size)
+            sample(logits, torch.zeros(1, 2, device=device), temperature, vocab_size)

@@ -1,4 +1,4 @@
-"""Random programs and logits for the fusion operation, and what a backend's answer is held to."""
+"""Logits and programs for the fusion operation, and what a backend's answer is held to. Needs torch only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from hypothesis import strategies as st
 from marith_kernels import Batch, Fused, Program
 from marith_kernels.reference import energies, log_sum_exp
 
@@ -15,65 +14,6 @@ TOLERANCE = 2e-6
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # around the chunks of the CPU backend and the blocks of the GPU backend, and GPT-2's
 VOCAB_SIZES = (1, 2, 17, 255, 1000, 1024, 2047, 2048, 2049, 5003, 8192, 16385, 50257)
-
-Instructions = tuple[tuple[str, int, float], ...]
-
-signs = st.sampled_from([1.0, 1.0, -1.0])
-weights = st.builds(
-    lambda sign, exponent, digits: sign * 10.0**exponent * digits,
-    signs,
-    st.sampled_from([-3, -1, 0, 0, 0, 1, 2]),
-    st.sampled_from([1.0, 1.0, 1.5, 2.7, 9.99]),
-) | st.sampled_from([0.0, 1.0, -1.0])
-
-
-@st.composite
-def instructions(draw: st.DrawFn, n_terms: int, max_slots: int, linear: bool = False) -> Instructions:
-    """A walk over the stack: at most max_slots, at most 16 leaves, one slot left."""
-    leaves = st.integers(-1, n_terms - 1)
-    walk: list[tuple[str, int, float]] = [("push", draw(st.integers(0, n_terms - 1)), draw(weights))]
-    slots = 1
-    combine = ["add"] if linear else ["add", "add", "max", "min"]
-    for _ in range(draw(st.integers(0, 15))):
-        choices = [*combine, "scale"]
-        if slots < max_slots:
-            choices += ["push", "push"]
-        if slots > 1:
-            choices += [f"pop_{op}" for op in combine]
-        op = draw(st.sampled_from(choices))
-        reads_leaf = op in ("push", "add", "max", "min")
-        walk.append((op, draw(leaves) if reads_leaf else -1, draw(weights)))
-        slots += (op == "push") - op.startswith("pop")
-    while slots > 1:
-        walk.append((f"pop_{draw(st.sampled_from(combine))}", -1, draw(weights)))
-        slots -= 1
-    return tuple(walk)
-
-
-@st.composite
-def programs(draw: st.DrawFn, n_terms: int = 4, max_slots: int = 5) -> Program:
-    """Any program; where it divides, N is positive for every token."""
-    walk = draw(instructions(n_terms, max_slots, linear=draw(st.booleans())))
-    divide = draw(st.booleans())
-    if divide:
-        low, high = n_range(walk)
-        if low <= 0.01 * max(1.0, abs(high)):
-            walk = (*walk, ("add", -1, 0.1 * max(1.0, abs(high)) - low))
-    return Program(walk, divide=divide)
-
-
-def n_range(walk: Instructions) -> tuple[float, float]:
-    """The values that N can take, whoever wins."""
-    stack: list[tuple[float, float]] = []
-    for op, _, w in walk:
-        operand = stack.pop() if op == "scale" or op.startswith("pop") else (1.0, 1.0)
-        low, high = sorted((w * operand[0], w * operand[1]))
-        if op in ("push", "scale"):
-            stack.append((low, high))
-            continue
-        a, b = stack.pop()
-        stack.append((a + low, b + high) if op.endswith("add") else (min(a, low), max(b, high)))
-    return stack[0]
 
 
 @dataclass(frozen=True)
@@ -114,22 +54,6 @@ class Case:
         for program in self.programs:
             rows.append([shuffled.pop() for _ in range(program.n_terms or 1)])
         return Batch.build(self.programs, rows, device)
-
-
-@st.composite
-def cases(
-    draw: st.DrawFn, vocab_sizes: tuple[int, ...] = VOCAB_SIZES, max_slots: int = 5, max_groups: int = 3
-) -> Case:
-    vocab_size = draw(st.sampled_from(vocab_sizes))
-    return Case(
-        programs=tuple(draw(st.lists(programs(max_slots=max_slots), min_size=1, max_size=max_groups))),
-        vocab_size=vocab_size,
-        dtype=draw(st.sampled_from(DTYPES)),
-        seed=draw(st.integers(0, 2**31)),
-        scale=draw(st.sampled_from([0.01, 1.0, 5.0, 50.0])),
-        padding=draw(st.sampled_from([0, 0, 1, 15, 64])),
-        gap=draw(st.sampled_from([0, 0, 3, 8])),
-    )
 
 
 class Magnitude(NamedTuple):

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from marith_kernels import Batch, Program, Verified, fuse, residual, triton_combine
 
-from .cases import DTYPES, Case, cases, check
+from .cases import DTYPES, Case, check
 from .decoding_laws import Requests, check_residual, check_sample, check_verify, output_distribution
+from .strategies import cases
 from .test_fuse import DIVIDED, SUM, TERM, UNION
 
 assert os.environ["TRITON_INTERPRET"] == "1"

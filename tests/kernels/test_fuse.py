@@ -22,7 +22,8 @@ from marith_kernels import (
 )
 from marith_kernels.backends import resolve
 
-from .cases import DTYPES, VOCAB_SIZES, Case, cases, check, programs
+from .cases import DTYPES, VOCAB_SIZES, Case, check
+from .strategies import cases, programs
 
 HERE = ("numba", "torch")
 ROUNDS = settings(
