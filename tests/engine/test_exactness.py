@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.support import asynchronous, engines, reference, tiny, workload
+from tests.support import asynchronous, engines, exactness, reference, workload
 
 LENGTH = 64
-LOGPROB_TOLERANCE = 1e-4
 
 
 @dataclass
@@ -58,23 +57,12 @@ def jobs_of(small: bool) -> list[workload.Job]:
 
 @cache
 def expected(model: str, small: bool) -> list[reference.Reference]:
-    """The reference's continuations; the same for every engine configuration, so computed once."""
-    tokenizer = tiny.tokenizer()
-    return [
-        reference.generate(
-            model,
-            job.reference_formula(),
-            {name: tokenizer(text).input_ids for name, text in job.reference_prompts().items()},
-            LENGTH,
-        )
-        for job in jobs_of(small)
-    ]
+    """The same for every engine configuration, so computed once."""
+    return exactness.references(model, jobs_of(small), LENGTH)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_equals_huggingface(name: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm import SamplingParams
-
     case = CASES[name]
     jobs = jobs_of(case.preempts)
     asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
@@ -84,26 +72,9 @@ def test_greedy_equals_huggingface(name: str, tiny_model: Any, monkeypatch: pyte
     with engines.engine(tiny_model, **case.options) as llm:
         scheduler = engines.scheduler(llm)
         assert type(scheduler).__name__ == ("AsyncGroupScheduler" if case.asynchronous else "GroupScheduler")
-        outputs = llm.generate(
-            [job.text for job in jobs],
-            [
-                job.formula.sampling_params(**asked) if job.formula else SamplingParams(**asked)
-                for job in jobs
-            ],
-            priority=[job.priority for job in jobs] if "scheduling_policy" in case.options else None,
-            use_tqdm=False,
-        )
+        answers = exactness.generate(llm, jobs, asked, by_priority="scheduling_policy" in case.options)
         engines.assert_all_returned(llm)
         preemptions = scheduler.num_group_preemptions
 
     assert (preemptions > 0) == case.preempts
-    tokenizer = tiny.tokenizer()
-    references = expected(str(tiny_model), case.preempts)
-    for job, output, wanted in zip(jobs, outputs, references, strict=True):
-        (completion,) = output.outputs
-        assert list(completion.token_ids) == wanted.tokens, f"{job.formula}"
-        leader = job.reference_formula().leader
-        assert output.prompt_token_ids == tokenizer(job.reference_prompts()[leader]).input_ids
-        logprobs = [next(iter(step.values())).logprob for step in completion.logprobs]
-        worst = max(abs(a - b) for a, b in zip(logprobs, wanted.logprobs, strict=True))
-        assert worst < LOGPROB_TOLERANCE
+    exactness.assert_greedy(jobs, answers, expected(str(tiny_model), case.preempts))
