@@ -217,7 +217,7 @@ def test_an_engine_that_does_not_name_us_gets_vllms_state(named: list[str] | Non
         assert resolve(config([*(named or []), ours]), None) is runner_v2._over(Plain)
 
 
-# ------------------------------------------------------------------------------------ how it gets into a worker
+# ---------------------------------------------------------------------------------- how it gets into a worker
 
 
 def look_up(name: str) -> Any:
