@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from marith_kernels import Batch, Program, Verified, fuse, residual, triton_combine
+from marith_kernels import Batch, Program, Verified, fuse, residual, triton_combine, warmup
 
 from .cases import DTYPES, Case, check
 from .decoding_laws import Requests, check_residual, check_sample, check_verify, output_distribution
@@ -141,3 +141,7 @@ def test_nothing_left_of_the_difference():
     start = torch.tensor([0, 2], dtype=torch.int32)
     got = residual(same.repeat(2, 1), same, start, verified, backend="triton")
     torch.testing.assert_close(got, torch.log_softmax(same, -1), rtol=1e-6, atol=2e-6)
+
+
+def test_warmup_runs_every_variant():
+    assert warmup("triton", "cpu", DTYPES, vocab_size=30, stride=32) == "triton"
