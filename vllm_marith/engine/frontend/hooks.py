@@ -10,6 +10,7 @@ from vllm.renderers.inputs.preprocess import parse_model_prompt
 
 from .. import patches
 from ..group import KEY
+from ..plugin import PROCESSOR
 from .admission import admission_of, refuse
 from .source import SOURCE, Chat, Completion
 
@@ -112,6 +113,11 @@ def _expand(process_inputs: Any) -> Any:
         extra_args = getattr(params, "extra_args", None)
         if not extra_args or KEY not in extra_args:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        if PROCESSOR not in (self.model_config.logits_processors or ()):
+            # Another engine of this process serves formulas; to this one the key means nothing.
+            request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+            request.sampling_params.extra_args = {k: v for k, v in extra_args.items() if k != KEY}
+            return request
         if not isinstance(prompt, dict) or "type" not in prompt:
             # vLLM still renders raw prompts in here, out of our sight: do it before.
             tokenization = kwargs.pop("tokenization_kwargs", None) or {}
