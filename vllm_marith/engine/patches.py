@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -29,8 +29,14 @@ class Entry:
             or ``reads`` (an attribute or method that we use as it is).
         removal: the upstream change that would make the entry unnecessary.
         parameters: names that the signature must accept, the first of which is ``self`` for methods;
-            for a class, names that its instances are made with.
+            for a class, names that its instances are made with.  What ``overrides`` is called by vLLM with
+            whatever the original takes: there, these and `newer` must be all of its names.
         runner: ``v1`` or ``v2``, the model runner that needs the entry; empty for both.
+        newer: names that only some supported releases have.
+        attributes: names that a class's methods must set or read on ``self``, or that its body defines.
+        calls: names that the body must call in this order.
+
+    Attributes and calls take the source: an entry without parameters is left to scripts/check_vllm.py.
     """
 
     target: str
@@ -39,8 +45,23 @@ class Entry:
     removal: str
     parameters: tuple[str, ...] = ()
     runner: str = ""
+    newer: tuple[str, ...] = ()
+    attributes: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
+
+    def objection(self, accepted: Iterable[str]) -> str:
+        """What is wrong with a signature that accepts these names; empty if nothing is."""
+        accepted = list(accepted)
+        lacking = [name for name in self.parameters if name not in accepted]
+        if lacking:
+            return f"takes no {', '.join(lacking)}"
+        unknown = [name for name in accepted if name not in self.parameters + self.newer]
+        if unknown and self.how == "overrides":
+            return f"also takes {', '.join(unknown)}"
+        return ""
 
 
+_V1_API = "a logits hook ahead of the grammar mask"
 _V2 = "vllm.v1.worker.gpu"
 _V2_API = "a V2 logits hook ahead of the grammar mask, and one on the sampled tokens"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
@@ -106,7 +127,11 @@ LEDGER: tuple[Entry, ...] = (
     *(
         Entry(f"{_SCHEDULER}.{name}", why, "overrides", _SCHEDULER_API, parameters)
         for name, why, parameters in (
-            ("schedule", "a group's rows are ordered and reserved before each step", ("self",)),
+            (
+                "schedule",
+                "a group's rows are ordered and reserved before each step",
+                ("self", "throttle_prefills"),
+            ),
             ("add_request", "a group is fanned out where its requests are scheduled", ("self", "request")),
             (
                 "update_from_output",
@@ -123,7 +148,11 @@ LEDGER: tuple[Entry, ...] = (
                 "members wait as a group, and plain requests do not overtake it for ever",
                 ("self", "request"),
             ),
-            ("_free_request", "the end of a member is the end of its group", ("self", "request")),
+            (
+                "_free_request",
+                "the end of a member is the end of its group",
+                ("self", "request", "delay_free_blocks"),
+            ),
             (
                 "reset_prefix_cache",
                 "groups in flight start again as a whole",
@@ -157,6 +186,42 @@ LEDGER: tuple[Entry, ...] = (
             ("_inflight_prefill_reserved_blocks", "blocks promised to running prefills", ("self",)),
         )
     ),
+    *(
+        Entry(
+            target,
+            "the state that a group's scheduling decides by",
+            "reads",
+            _SCHEDULER_API,
+            attributes=names,
+        )
+        for target, names in (
+            (
+                _SCHEDULER,
+                (
+                    *("requests", "running", "waiting", "deferred_waiting", "kv_holding_waiting"),
+                    *("_inflight_prefills", "kv_cache_manager", "policy", "lora_config", "max_model_len"),
+                    *("max_num_active_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input"),
+                    *("finished_req_ids_dict", "_pause_state"),
+                ),
+            ),
+            (
+                "vllm.v1.request:Request",
+                (
+                    *("request_id", "status", "priority", "arrival_time", "sampling_params", "lora_request"),
+                    *("num_tokens", "num_prompt_tokens", "num_computed_tokens", "num_tokens_with_spec"),
+                    *("num_output_placeholders", "num_in_flight_tokens", "num_stale_output_tokens"),
+                    *("max_tokens", "block_hashes", "_block_hasher", "cache_salt", "client_index"),
+                ),
+            ),
+            (
+                "vllm.v1.core.kv_cache_manager:KVCacheManager",
+                (
+                    *("block_pool", "coordinator", "watermark_blocks"),
+                    *("create_kv_cache_blocks", "empty_kv_cache_blocks"),
+                ),
+            ),
+        )
+    ),
     Entry(
         "vllm.config.scheduler:SchedulerConfig.get_scheduler_cls",
         "our scheduler extends the one that vLLM chose",
@@ -168,9 +233,10 @@ LEDGER: tuple[Entry, ...] = (
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
         "fusion must come before the grammar mask, penalties and raw log-probabilities",
         "wraps",
-        "a logits hook ahead of the grammar mask",
+        _V1_API,
         ("self", "grammar_output"),
         runner="v1",
+        calls=("apply_grammar_bitmask", "_sample"),
     ),
     Entry(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._sample",
@@ -179,6 +245,32 @@ LEDGER: tuple[Entry, ...] = (
         "a hook on the sampled token ids",
         ("self", "logits", "spec_decode_metadata"),
         runner="v1",
+    ),
+    Entry(
+        "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
+        "fused logits take the place of the step's own",
+        "reads",
+        _V1_API,
+        ("logits",),
+        runner="v1",
+    ),
+    *(
+        Entry(
+            target,
+            "which request sits in which row, and whether it is held",
+            "reads",
+            _V1_API,
+            (),
+            "v1",
+            attributes=names,
+        )
+        for target, names in (
+            (
+                "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
+                ("execute_model_state", "input_batch", "discard_request_mask", "requests", "device"),
+            ),
+            ("vllm.v1.worker.gpu_input_batch:InputBatch", ("req_ids", "generators")),
+        )
     ),
     Entry(
         "vllm.config.parallel:ParallelConfig",
@@ -228,14 +320,44 @@ LEDGER: tuple[Entry, ...] = (
             ),
             ("sample.output:SamplerOutput", "the tokens that are tied", ("sampled_token_ids",)),
             (
-                "model_runner:GPUModelRunner.sample",
-                "calls compute_logits, masks, and calls the sampler, in this order",
-                ("self", "hidden_states", "input_batch", "grammar_output"),
-            ),
-            (
                 "sample.logits_processor.interface:LogitsProcessor",
                 "the registered class is one of these, too",
                 ("vllm_config", "req_states"),
+            ),
+        )
+    ),
+    *(
+        Entry(target, why, "reads", _V2_API, runner="v2", calls=calls)
+        for target, why, calls in (
+            (
+                "vllm.v1.worker.worker_base:WorkerWrapperBase.init_worker",
+                "looking up the extension class installs the hooks before there is a worker",
+                ("load_general_plugins", "resolve_obj_by_qualname", "worker_class"),
+            ),
+            (
+                f"{_V2}.model_states:init_model_state",
+                "the replaced function is the one that is called",
+                ("resolve_model_state_cls",),
+            ),
+            (
+                f"{_V2}.model_runner:GPUModelRunner.load_model",
+                "the model state is asked for a sampler after the logits processors were made",
+                ("init_model_state", "build_custom_logits_processors", "custom_sampler"),
+            ),
+            (
+                f"{_V2}.model_runner:GPUModelRunner.execute_model",
+                "members are known before a step's inputs are prepared",
+                ("add_requests", "prepare_inputs"),
+            ),
+            (
+                f"{_V2}.model_runner:GPUModelRunner.sample",
+                "the grammar mask and the sampler see fused rows",
+                ("compute_logits", "apply_grammar_bitmask", "sampler"),
+            ),
+            (
+                f"{_V2}.model_runner:GPUModelRunner.sample_tokens",
+                "tokens are tied before they become output, history and input of the next step",
+                ("sample", "AsyncOutput", "postprocess_sampled"),
             ),
         )
     ),
@@ -271,17 +393,16 @@ def missing(runner: str = "") -> Iterator[str]:
     runner: ``v1`` or ``v2`` for what only this model runner needs, empty for what both need.
     """
     for entry in LEDGER:
-        if entry.runner != runner:
+        if entry.runner != runner or not entry.parameters:
             continue
         try:
             _, _, value = _resolve(entry.target)
         except (ImportError, AttributeError):
             yield f"{entry.target} is not there"
             continue
-        accepted = inspect.signature(inspect.unwrap(value)).parameters
-        lacking = [name for name in entry.parameters if name not in accepted]
-        if lacking:
-            yield f"{entry.target} takes no {', '.join(lacking)}"
+        objection = entry.objection(inspect.signature(inspect.unwrap(value)).parameters)
+        if objection:
+            yield f"{entry.target} {objection}"
 
 
 def is_patched(target: str) -> bool:
