@@ -48,9 +48,8 @@ class Progress:
                 TextColumn("{task.fields[note]}"),
                 console=self.console,
                 transient=True,
+                disable=not self.console.is_terminal,  # a pipe's progress is the lines of `finished`
             )
-            # A pipe has no bar: the lines of `finished` are its progress.
-            self.bar.disable = not self.console.is_terminal
             self.bar.start()
             self.task = self.bar.add_task("", total=sum(self.expected.values()), note="")
         return self
