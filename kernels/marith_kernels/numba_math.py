@@ -23,9 +23,8 @@ ONE = np.float32(1)
 SHORTFALL = np.float32(2.0**112)
 
 BLOCK = 1024  # tokens between two looks at the running maximum
-HEADROOM = np.float32(
-    60
-)  # an exponential may lie this far above the running maximum; BLOCK * exp(60) is finite
+# an exponential may lie this far above the running maximum; BLOCK * exp(60) is finite
+HEADROOM = np.float32(60)
 
 FAST = {"contract", "reassoc"}
 inline = njit(fastmath=FAST, nogil=True)

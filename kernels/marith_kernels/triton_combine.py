@@ -269,7 +269,7 @@ def combine_program(
 def block_size(slots: int, divide: bool) -> int:
     """Tokens a program of 4 warps holds so that its stack stays in registers."""
     tensors = slots * (2 if divide else 1)
-    return 2048 if tensors <= 3 else 1024 if tensors <= 8 else 512 if tensors <= 16 else 128
+    return 2048 if tensors <= 3 else 1024 if tensors <= 6 else 512 if tensors <= 16 else 128
 
 
 def combine(

@@ -318,9 +318,8 @@ def residual_kernel(
             )  # fmt: skip
         if arrives_last(counter_ptr + n, n_blocks):
             _peak, _mass, total = merge_statistics(max_ptr, sum_ptr, n_blocks, BLOCKS)
-            if (
-                total == 0.0
-            ) & rejected:  # nothing left of p - q: log p, which this program then writes alone
+            if (total == 0.0) & rejected:
+                # nothing is left of p - q: log p instead, which this program then writes alone
                 for block in range(n_blocks):
                     offs = block * BLOCK + tl.arange(0, BLOCK)
                     p = _log_p(target_row, offs, V, inverse, target_lse, FULL=False)

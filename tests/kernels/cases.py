@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from marith_kernels import Batch, Fused, Program
+from marith_kernels import Batch, Fused, Program, fuse
 from marith_kernels.reference import energies, log_sum_exp
 
 TOLERANCE = 2e-6
@@ -141,3 +141,18 @@ def check(case: Case, fused: Fused, logits: torch.Tensor, batch: Batch) -> None:
         assert abs(fused.lse[g] - own) <= TOLERANCE * (1 + own.abs()), (
             f"{what}: lse {fused.lse[g]}, not {own}"
         )
+
+
+def check_ties(backend: str) -> None:
+    """On equal energies the older operand wins, and with it its N.
+
+    With one token in the vocabulary every log-probability is 0: 2a and 1a tie, with N = 2 and N = 1. The
+    number one added at the end makes that visible: E / N is 1 / 3 if 2a has won.
+    """
+    programs = []
+    for op in ("max", "min"):
+        programs.append([("push", 0, 2.0), (op, 0, 1.0), ("add", -1, 1.0)])
+        programs.append([("push", 0, 2.0), ("push", 0, 1.0), (f"pop_{op}", -1, 1.0), ("add", -1, 1.0)])
+    batch = Batch.build([Program(p, divide=True) for p in programs], [[0]] * len(programs))
+    fused = fuse(torch.zeros(1, 1), batch, backend=backend)
+    torch.testing.assert_close(fused.logits, torch.full((len(programs), 1), 1 / 3))

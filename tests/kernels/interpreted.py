@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from marith_kernels import Batch, Program, Verified, fuse, residual, triton_combine, warmup
 
-from .cases import DTYPES, Case, check
+from .cases import DTYPES, Case, check, check_ties
 from .decoding_laws import Requests, check_residual, check_sample, check_verify, output_distribution
 from .strategies import cases
 from .test_fuse import DIVIDED, SUM, TERM, UNION
@@ -81,6 +81,10 @@ def test_rows_of_nothing_but_minus_infinity():
     assert torch.all(fused.logits == -math.inf)
     assert fused.lse.tolist() == [0.0] * 3
     assert fused.argmax.tolist() == [0] * 3
+
+
+def test_the_first_wins_ties():
+    check_ties("triton")
 
 
 def test_counters_are_zero_again():
