@@ -224,14 +224,14 @@ FEATURES: dict[str, dict[str, Any]] = {
     "all": dict(
         temperature=0.9,
         seed=15,
-        top_k=20,
+        top_k=10,
         top_p=0.9,
-        min_p=0.01,
-        logit_bias={305: 1.0},
+        min_p=0.03,
+        logit_bias={305: 2.0},
         allowed_token_ids=list(range(300, 340)),
-        presence_penalty=0.3,
-        frequency_penalty=0.4,
-        repetition_penalty=1.2,
+        presence_penalty=0.6,
+        frequency_penalty=0.8,
+        repetition_penalty=1.3,
     ),
 }
 every_feature = pytest.mark.parametrize("asked", FEATURES.values(), ids=list(FEATURES))
