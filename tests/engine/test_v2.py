@@ -54,6 +54,9 @@ def facts(llm: Any) -> dict[str, Any]:
         "scheduler": type(scheduler).__name__,
         "preemptions": getattr(scheduler, "num_group_preemptions", 0),
         "state": type(getattr(runner, "model_state", None)).__name__,
+        "before_the_head": hasattr(runner, "model_state")
+        and getattr(runner.model_state, "groups", None) is not None
+        and runner.model_state.groups.plans.combine_hidden_states,
         "sampler": type(runner.sampler).__name__,
     }
 
@@ -167,6 +170,7 @@ CASES = {
     "small_cache": Case(SMALL_CACHE, preempts=True),
     "async": Case(SMALL_STEPS, asynchronous=True),
     "async_small_cache": Case(SMALL_CACHE, asynchronous=True, preempts=True),
+    "before_the_head": Case(dict(additional_config={"marith": {"combine_hidden_states": True}})),
 }
 
 
@@ -193,6 +197,7 @@ def test_greedy_equals_huggingface(runner: Any, tiny_model: Path, name: str) -> 
     assert found["runner"] == runner.name
     assert found["scheduler"] == ("AsyncGroupScheduler" if case.asynchronous else "GroupScheduler")
     assert (found["preemptions"] > 0) == case.preempts
+    assert found["before_the_head"] == (runner.name == "v2" and name == "before_the_head")
     exactness.assert_greedy(jobs(), answers, expected(str(tiny_model)))
 
 

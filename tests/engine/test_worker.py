@@ -17,6 +17,7 @@ from vllm_marith.engine.worker.runner_v2 import FormulaState, StepGroups, TyingS
 VOCAB = 7
 CPU = torch.device("cpu")
 LINEAR = [("push", 0, 2.0), ("add", 1, -1.0)]
+CONFIG: Any = SimpleNamespace(additional_config={})
 
 
 def tagged(group: str, instructions: list[Any] = LINEAR, size: int = 2) -> list[dict[str, Any]]:
@@ -47,16 +48,23 @@ def groups() -> StepGroups:
     return found
 
 
+def fuse(groups: StepGroups, logits: torch.Tensor) -> torch.Tensor:
+    """The step's fused logits, for a head that gives `logits`."""
+    fused = groups.compute_logits(lambda hidden: hidden, logits)
+    assert fused is not None
+    return fused
+
+
 READY = batch_of(["g-1", "plain", "g"], [9, 5, 4], [9, 5, 4])
 
 
 def test_a_step_is_fused_once_and_tied_once(groups: StepGroups) -> None:
     logits = logits_of(3)
     groups.begin_step(READY)
-    fused = groups.fuse(logits.clone())
+    fused = fuse(groups, logits.clone())
     assert torch.equal(fused[:2], logits[:2])
     assert torch.allclose(fused[2], 2 * logits[2] - logits[0])
-    assert torch.equal(groups.fuse(logits), logits)  # prompt log-probabilities, later in the step
+    assert torch.equal(fuse(groups, logits), logits)  # prompt log-probabilities, later in the step
 
     sampled = torch.tensor([[3], [4], [5]])
     groups.tie(sampled)
@@ -70,7 +78,7 @@ def test_rows_are_found_in_whatever_order(groups: StepGroups) -> None:
     logits = logits_of(3)
     for order in (["g", "g-1", "plain"], ["plain", "g", "g-1"]):
         groups.begin_step(batch_of(order, [9] * 3, [4] * 3))
-        fused = groups.fuse(logits.clone())
+        fused = fuse(groups, logits.clone())
         leader, follower = order.index("g"), order.index("g-1")
         assert torch.allclose(fused[leader], 2 * logits[leader] - logits[follower])
 
@@ -78,7 +86,7 @@ def test_rows_are_found_in_whatever_order(groups: StepGroups) -> None:
 def test_plain_rows_keep_their_values_in_half_precision(groups: StepGroups) -> None:
     logits = logits_of(3, torch.bfloat16)
     groups.begin_step(READY)
-    fused = groups.fuse(logits)
+    fused = fuse(groups, logits)
     assert fused.dtype == torch.float32
     assert torch.equal(fused[:2], logits[:2].float())
     assert torch.allclose(fused[2], 2 * logits[2].float() - logits[0].float())
@@ -87,13 +95,13 @@ def test_plain_rows_keep_their_values_in_half_precision(groups: StepGroups) -> N
 def test_a_padded_vocabulary(groups: StepGroups) -> None:
     logits = torch.cat([logits_of(3), torch.zeros(3, 5)], dim=1)[:, :VOCAB]
     groups.begin_step(READY)
-    assert torch.allclose(groups.fuse(logits)[2], 2 * logits_of(3)[2] - logits_of(3)[0])
+    assert torch.allclose(fuse(groups, logits)[2], 2 * logits_of(3)[2] - logits_of(3)[0])
 
 
 @pytest.mark.parametrize("lengths", [[8, 5, 4], [9, 5, 3], [8, 5, 3]])
 def test_held_members_and_chunks_are_left_alone(groups: StepGroups, lengths: list[int]) -> None:
     groups.begin_step(batch_of(READY.req_ids, lengths, [9, 5, 4]))
-    assert torch.equal(groups.fuse(logits_of(3)), logits_of(3))
+    assert torch.equal(fuse(groups, logits_of(3)), logits_of(3))
     sampled = torch.tensor([[3], [4], [5]])
     groups.tie(sampled)
     assert sampled.tolist() == [[3], [4], [5]]
@@ -102,13 +110,13 @@ def test_held_members_and_chunks_are_left_alone(groups: StepGroups, lengths: lis
 def test_dummy_batches_have_no_members(groups: StepGroups) -> None:
     groups.begin_step(batch_of(["req_0", "req_1"], [1, 1], [1, 1]))
     groups.tie(torch.zeros(2, 1, dtype=torch.int64))  # sampled without logits: nothing to complain about
-    assert torch.equal(groups.fuse(logits_of(5)), logits_of(5))
+    assert torch.equal(fuse(groups, logits_of(5)), logits_of(5))
 
 
 def test_a_group_without_all_of_its_members_is_left_alone(groups: StepGroups) -> None:
     groups.remove_request("g-1")
     groups.begin_step(READY)
-    assert torch.equal(groups.fuse(logits_of(3)), logits_of(3))
+    assert torch.equal(fuse(groups, logits_of(3)), logits_of(3))
     groups.remove_request("g")
     groups.remove_request("plain")
     assert not groups.members
@@ -116,12 +124,12 @@ def test_a_group_without_all_of_its_members_is_left_alone(groups: StepGroups) ->
 
 def test_an_id_may_come_back_with_another_formula(groups: StepGroups) -> None:
     groups.begin_step(READY)
-    groups.fuse(logits_of(3))
+    fuse(groups, logits_of(3))
     for request_id, args in zip(("g", "g-1"), tagged("g", [("push", 1, 1.0)]), strict=True):
         groups.remove_request(request_id)
         groups.add_request(request_id, args)
     groups.begin_step(READY)
-    assert torch.allclose(groups.fuse(logits_of(3))[2], logits_of(3)[0])
+    assert torch.allclose(fuse(groups, logits_of(3))[2], logits_of(3)[0])
 
 
 def test_logits_that_did_not_pass_through_us_are_noticed(groups: StepGroups) -> None:
@@ -130,9 +138,9 @@ def test_logits_that_did_not_pass_through_us_are_noticed(groups: StepGroups) -> 
         groups.tie(torch.zeros(3, 1, dtype=torch.int64))
     groups.begin_step(READY)
     with pytest.raises(RuntimeError, match="3, found 6 rows"):
-        groups.fuse(logits_of(6))
+        fuse(groups, logits_of(6))
     groups.begin_step(READY)
-    assert groups.fuse(logits_of(3)) is not None  # the next step is a step like any other
+    assert fuse(groups, logits_of(3)) is not None  # the next step is a step like any other
 
 
 # ------------------------------------------------------------------------------------------ the model state
@@ -169,7 +177,7 @@ sampler.penalties_state = "vLLM's"  # type: ignore[attr-defined]
 
 def test_a_step_through_the_model_state() -> None:
     model = SimpleNamespace(compute_logits=lambda hidden: hidden.clone())
-    state: Any = runner_v2._over(Plain)(None, model, None, CPU)  # type: ignore[arg-type]
+    state: Any = runner_v2._over(Plain)(CONFIG, model, None, CPU)
     assert isinstance(state, FormulaState)
     assert isinstance(state, Plain)
     for i, args in enumerate(tagged("g")):
@@ -195,7 +203,7 @@ def test_a_step_through_the_model_state() -> None:
 
 
 def test_a_models_own_samplers_are_kept() -> None:
-    state: Any = runner_v2._over(Plain)(None, SimpleNamespace(compute_logits=None), None, CPU)  # type: ignore[arg-type]
+    state: Any = runner_v2._over(Plain)(CONFIG, SimpleNamespace(compute_logits=None), None, CPU)
     state.sampler_pair = (sampler, "rejection")
     tied, rejection_sampler = state.custom_sampler("vLLM's")
     assert isinstance(tied, TyingSampler)

@@ -51,7 +51,7 @@ class FormulaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         if Settings.of(vllm_config).warmup:
             dtype = vllm_config.model_config.dtype
             assert isinstance(dtype, torch.dtype)
-            rows.warmup(device, dtype)
+            rows.warmup(device, dtype, vllm_config.model_config.get_vocab_size())
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

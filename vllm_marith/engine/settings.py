@@ -19,6 +19,8 @@ class Settings(BaseModel):
     Attributes:
         presets: directory of preset files, or one file; see `vllm_marith.language.presets`.
         limits: bounds on what one request may ask for.
+        combine_hidden_states: whether linear formulas are applied before the LM head where its law
+            allows it, see `vllm_marith.engine.worker.head`; V2 model runner only.
         warmup: whether each worker compiles the fusion kernels before it serves.
     """
 
@@ -26,6 +28,7 @@ class Settings(BaseModel):
 
     presets: Path | None = None
     limits: Limits = Field(default_factory=Limits)
+    combine_hidden_states: bool = False
     warmup: bool = True
 
     @classmethod

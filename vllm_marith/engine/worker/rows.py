@@ -17,11 +17,12 @@ import torch
 
 from .. import patches
 from ..group import KEY, Instruction, MemberTag
+from .head import Head, HeadPlan, combinable
 
 
-def warmup(device: torch.device, dtype: torch.dtype) -> None:
+def warmup(device: torch.device, dtype: torch.dtype, vocab_size: int) -> None:
     """Compiles the fusion kernels for logits of `dtype` now rather than under the first request."""
-    marith_kernels.warmup(device=device, dtypes=[dtype])
+    marith_kernels.warmup(device=device, dtypes=[dtype], vocab_size=vocab_size)
     patches.shield_llvmlite()
 
 
@@ -30,19 +31,28 @@ class RowPlan:
     """What one step does with its logits ``[rows, vocab]``.
 
     Attributes:
-        batch: the fusion programs of the step's joint groups.
+        head: groups that are combined before the LM head, if there are any; the rest after it.
+        batch: the fusion programs of the step's other joint groups.
         leaders: int64 ``[groups]``, the row of each group's leader, which receives the fused row.
         followers: int64 ``[followers]``, rows whose sampled token is replaced ...
         follower_leaders: int64 ``[followers]``, ... by that of this row.
     """
 
+    head: HeadPlan | None
     batch: marith_kernels.Batch
     leaders: torch.Tensor
     followers: torch.Tensor
     follower_leaders: torch.Tensor
 
+    def compute_logits(self, head: Head, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Fused logits from the hidden states ``[rows, size]``."""
+        logits = self.head.run(head, hidden) if self.head else head(hidden)
+        return logits if logits is None else self.fuse(logits)
+
     def fuse(self, logits: torch.Tensor) -> torch.Tensor:
         """float32 logits in which each leader's row holds its formula's distribution."""
+        if not self.batch.n_groups:
+            return logits
         fused = marith_kernels.fuse(logits, self.batch).logits
         # Sampling works in float32 anyway; rows of plain requests keep their values.
         logits = logits.float()
@@ -57,8 +67,9 @@ class RowPlan:
 class RowPlans:
     """Builds `RowPlan`s and keeps the last one while the step's rows stay the same."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, combine_hidden_states: bool = False) -> None:
         self.device = device
+        self.combine_hidden_states = combine_hidden_states
         self.key: tuple[list[str], np.ndarray] | None = None
         self.plan: RowPlan | None = None
 
@@ -101,6 +112,7 @@ class RowPlans:
                 members.setdefault(tag.group, {})[tag.index] = (row, tag)
 
         programs, rows, leaders, followers, follower_leaders = [], [], [], [], []
+        head_programs, head_rows = [], []
         for group in members.values():
             leader = group.get(0)
             if leader is None or len(group) != leader[1].size:
@@ -108,12 +120,18 @@ class RowPlans:
                 # and drops its tokens, so leaving the rows alone is safe here.
                 continue
             row, tag = leader
-            programs.append(_program(tuple(tag.instructions), tag.divide))
-            rows.append([group[i][0] for i in range(tag.size)])
-            leaders.append(row)
-            followers += rows[-1][1:]
+            program = _program(tuple(tag.instructions), tag.divide)
+            members_rows = [group[i][0] for i in range(tag.size)]
+            if self.combine_hidden_states and combinable(program):
+                head_programs.append(program)
+                head_rows.append(members_rows)
+            else:
+                programs.append(program)
+                rows.append(members_rows)
+                leaders.append(row)
+            followers += members_rows[1:]
             follower_leaders += [row] * (tag.size - 1)
-        if not programs:
+        if not programs and not head_programs:
             return None
 
         def index(values: list[int]) -> torch.Tensor:
@@ -122,7 +140,11 @@ class RowPlans:
             on_host = torch.tensor(values, dtype=torch.int64, pin_memory=pinned)
             return on_host.to(self.device, non_blocking=True)
 
+        head = None
+        if head_programs:
+            head = HeadPlan.build(head_programs, head_rows, len(request_ids), self.device)
         return RowPlan(
+            head,
             marith_kernels.Batch.build(programs, rows, self.device),
             index(leaders),
             index(followers),

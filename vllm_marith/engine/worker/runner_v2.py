@@ -24,18 +24,24 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
 from .. import patches
 from ..group import KEY
+from ..settings import Settings
+from .head import Head, obeys_law
 from .rows import RowPlan, RowPlans
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState as ModelState
     from vllm.v1.worker.gpu.states import RequestState
 else:
     ModelState = object
+
+logger = init_logger(__name__)
 
 _RESOLVE = "vllm.v1.worker.gpu.model_states:resolve_model_state_cls"
 
@@ -67,6 +73,21 @@ def _named(vllm_config: Any) -> bool:
     return any(p in (Ours, name) for p in vllm_config.model_config.logits_processors or ())
 
 
+def _combines(vllm_config: VllmConfig, head: Head, device: torch.device) -> bool:
+    """Whether linear formulas are applied before this model's head: asked for, and lawful."""
+    if not Settings.of(vllm_config).combine_hidden_states:
+        return False
+    model = vllm_config.model_config
+    if vllm_config.lora_config is not None:
+        logger.warning("marith: combine_hidden_states is off: an adapter may sit on the head")
+        return False
+    assert isinstance(model.dtype, torch.dtype)
+    if not obeys_law(head, model.get_hidden_size(), model.dtype, device):
+        logger.warning("marith: combine_hidden_states is off: this model's head is not affine")
+        return False
+    return True
+
+
 @functools.cache
 def _over(base: type[ModelState]) -> type[ModelState]:
     return type(f"Formula{base.__name__}", (FormulaState, base), {"__module__": __name__})
@@ -77,12 +98,15 @@ class FormulaState(ModelState):
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.groups = StepGroups(device)
         compute_logits = model.compute_logits
+        self.groups = StepGroups(device, _combines(vllm_config, compute_logits, device))
 
         @functools.wraps(compute_logits)
-        def fused(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-            return self.groups.fuse(compute_logits(*args, **kwargs))
+        def fused(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+            def head(rows: torch.Tensor) -> torch.Tensor | None:
+                return compute_logits(rows, *args, **kwargs)
+
+            return self.groups.compute_logits(head, hidden_states)
 
         model.compute_logits = fused
 
@@ -107,13 +131,13 @@ class FormulaState(ModelState):
 class StepGroups:
     """The groups of a worker and what one step does with their rows.
 
-    `begin_step`, `fuse` and `tie` follow each other once a step that has members in it.  vLLM computes
-    logits and samples for other purposes too (prompt log-probabilities, profiling, warm-up): without a
-    begun step both functions change nothing.
+    `begin_step`, `compute_logits` and `tie` follow each other once a step that has members in it.  vLLM
+    computes logits and samples for other purposes too (prompt log-probabilities, profiling, warm-up):
+    without a begun step both functions change nothing.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.plans = RowPlans(device)
+    def __init__(self, device: torch.device, combine_hidden_states: bool = False) -> None:
+        self.plans = RowPlans(device, combine_hidden_states)
         # Request id -> SamplingParams.extra_args, for members of groups only.
         self.members: dict[str, dict[str, Any]] = {}
         # The begun step whose logits have not been computed.
@@ -136,22 +160,26 @@ class StepGroups:
         self.batch = batch if has_members else None
         self.plan = None
 
-    def fuse(self, logits: torch.Tensor | None) -> torch.Tensor | None:
+    def compute_logits(self, head: Head, hidden: torch.Tensor) -> torch.Tensor | None:
         """The step's logits ``[rows, vocab]`` with each joint group's formula in its leader's row.
 
         Planned here rather than in `begin_step`: on a GPU the forward pass is running meanwhile.
+
+        Args:
+            head: the model's ``compute_logits``.
+            hidden: ``[rows, size]``.
         """
         batch, self.batch = self.batch, None
-        if batch is None or logits is None:
-            return logits
+        if batch is None:
+            return head(hidden)
         rows = len(batch.req_ids)
-        if logits.shape[0] != rows:
-            raise RuntimeError(f"expected logits of one row a request, {rows}, found {logits.shape[0]} rows")
+        if len(hidden) != rows:
+            raise RuntimeError(f"expected one row a request, {rows}, found {len(hidden)} rows")
         # Exact without drafts.  What is short of its prompt is a chunk of it, or a held member.
         lengths = batch.seq_lens_cpu_upper_bound.numpy()[:rows]
         held = lengths < batch.prefill_len_np[:rows]
         self.plan = self.plans.plan_step(batch.req_ids, held, self.members.get)
-        return self.plan.fuse(logits) if self.plan else logits
+        return self.plan.compute_logits(head, hidden) if self.plan else head(hidden)
 
     def tie(self, sampled: torch.Tensor) -> None:
         """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""
