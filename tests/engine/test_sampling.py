@@ -22,7 +22,12 @@ ROWS = {"roomy": 96, "cramped": 24}
 ENGINES = {
     "roomy": dict(max_num_seqs=ROWS["roomy"]),
     # Prompts are computed in many chunks, groups wait for rows and are preempted for blocks.
-    "cramped": dict(max_num_seqs=ROWS["cramped"], max_num_batched_tokens=24, num_gpu_blocks_override=28),
+    "cramped": dict(
+        max_num_seqs=ROWS["cramped"],
+        max_num_batched_tokens=24,
+        num_gpu_blocks_override=28,
+        structured_outputs_config={"backend": "guidance"},  # the roomy one has vLLM's default, xgrammar
+    ),
 }
 in_every_engine = pytest.mark.parametrize("engine", ENGINES, indirect=True)
 roomy = pytest.mark.parametrize("engine", ["roomy"], indirect=True)
@@ -401,6 +406,7 @@ def test_grammars_mask_the_formula(llm: Any, model: Path, grammar: str, text: st
     """A masked row times a negative weight would be +inf: the mask has to come after the formula."""
     from vllm.sampling_params import StructuredOutputsParams
 
+    backend = llm.llm_engine.vllm_config.structured_outputs_config.backend
     options, begins, is_whole = GRAMMARS[grammar]
     tokenizer = tiny.tokenizer()
     pieces = [tokenizer.decode([i]) for i in range(tiny.VOCAB)]
@@ -420,7 +426,9 @@ def test_grammars_mask_the_formula(llm: Any, model: Path, grammar: str, text: st
     ).outputs
     assert is_whole(found.text)
     assert found.finish_reason == "stop"
-    assert list(found.token_ids) == reference.decode(str(model), ids_of(job), len(found.token_ids), masked)
+    if (backend, grammar) != ("guidance", "choice"):  # where one text is left, guidance picks its tokens
+        expected = reference.decode(str(model), ids_of(job), len(found.token_ids), masked)
+        assert list(found.token_ids) == expected
 
 
 # ------------------------------------------------------------------------------------------ shapes of groups
