@@ -500,6 +500,22 @@ def test_groups_of_one_name(llm: Any, tiny_model: Path) -> None:
 # ------------------------------------------------------------------------------------------------- settings
 
 
+def test_an_id_may_come_back_with_another_formula(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.v1.engine.input_processor.random_uuid", lambda: "00000000")
+    engine = llm.llm_engine
+
+    def logprob(formula: Formula) -> float:
+        engine.add_request("same", TEXT, formula.sampling_params(temperature=0, max_tokens=1, logprobs=0))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                (step,) = output.outputs[0].logprobs
+        return next(iter(step.values())).logprob
+
+    plain, sharp = Formula.parse("base"), Formula.parse("4*base", normalize="none")
+    assert logprob(plain) < logprob(sharp) - 0.01
+    assert logprob(plain) < logprob(sharp) - 0.01
+
+
 def other_scheduler() -> type:
     from vllm.v1.core.sched.scheduler import Scheduler
 

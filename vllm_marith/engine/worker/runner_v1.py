@@ -36,6 +36,8 @@ def _with_fusion(sample_tokens: Any) -> Any:
         if state is None or state.logits is None:
             return sample_tokens(self, grammar_output)
         plans = self.__dict__.setdefault("marith_plans", RowPlans(self.device))
+        if state.scheduler_output.scheduled_new_reqs:
+            plans.forget()  # the id of a request that ended may come back with another formula
         ids = self.input_batch.req_ids
         discarded = self.discard_request_mask.np[: len(ids)]
         requests = self.requests
