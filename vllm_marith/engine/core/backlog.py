@@ -43,6 +43,7 @@ class Backlog:
     def push(self, entry: Entry) -> None:
         """Adds an entry at the place of its first arrival."""
         first = _first(entry)
+        assert first.request_id not in self._entries
         order = self._order.get(first.request_id)
         if order is None:
             urgency = (first.priority, first.arrival_time) if self.by_priority else ()
@@ -54,9 +55,9 @@ class Backlog:
     def peek(self) -> Entry | None:
         """The entry whose turn it is, or None."""
         while self._heap:
-            entry = self._entries.get(self._heap[0][1])
-            if entry is not None:
-                return entry
+            order, request_id = self._heap[0]
+            if request_id in self._entries and self._order[request_id] == order:
+                return self._entries[request_id]
             heapq.heappop(self._heap)  # discarded while it waited
         return None
 

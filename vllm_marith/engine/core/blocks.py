@@ -6,13 +6,14 @@ not have to preempt.  Prefix-cache hits can only make the need smaller.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from bisect import bisect_right
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.request import Request
 
-from .group_state import Group, remaining
+from .group_state import reaches_end, remaining
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -23,58 +24,73 @@ class BlockAccount:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
-
-    @property
-    def _manager(self) -> Any:
-        return self._scheduler.kv_cache_manager
+        self._manager = scheduler.kv_cache_manager
+        # One entry per KV-cache group: a token takes a slot in each of them.
+        managers = self._manager.coordinator.single_type_managers
+        self._block_sizes = [manager.block_size for manager in managers]
 
     def free(self) -> int:
         return self._manager.block_pool.get_num_free_blocks()
 
-    def can_ever_hold(self, members: Iterable[Request]) -> bool:
-        """Whether the members fit at their full length with the whole pool to themselves."""
-        need = sum(self._to_reach(m, m.num_prompt_tokens + m.max_tokens) for m in members)
-        return need <= self._manager.block_pool.num_gpu_blocks - 1  # one block is vLLM's null block
+    def room(self, prompt_lengths: Sequence[int], limit: int) -> int:
+        """Tokens, up to `limit`, that members can generate with the whole pool to themselves."""
+        # One block is vLLM's null block.  A group also has to get in again when it was preempted at
+        # its full length, and vLLM keeps a watermark free when it admits beside running requests.
+        usable = self._manager.block_pool.num_gpu_blocks - 1 - self._manager.watermark_blocks
 
-    def can_admit(self, members: Iterable[Request], promised: Iterable[Request]) -> bool:
-        """Whether the members' prompts and first token fit beside what others were promised."""
+        def need(num_generated: int) -> int:
+            # The last token is never computed.
+            return sum(self._to_hold(length + num_generated - 1) for length in prompt_lengths)
+
+        if limit < 1 or need(limit) <= usable:
+            return limit
+        return bisect_right(range(1, limit + 1), usable, key=need)
+
+    def can_admit(self, members: Sequence[Request], promised: Iterable[Request], spare: int) -> bool:
+        """Whether the members' prompts fit beside what others were promised.
+
+        spare: blocks for each request beyond its prompt, so that it can also take a few steps.
+        """
         scheduler = self._scheduler
         wanted = [*members, *promised]
-        need = sum(scheduler._request_remaining_blocks(r) for r in wanted) + len(wanted)
+        need = sum(scheduler._request_remaining_blocks(r) for r in wanted) + spare * len(wanted)
         need += scheduler._inflight_prefill_reserved_blocks()
         return need + self._manager.watermark_blocks <= self.free()
 
-    def can_step(self, decodes: Callable[[Request], bool], group_of: Mapping[str, Group]) -> bool:
-        """Whether the blocks of every row that this step may schedule are free."""
-        scheduler, free = self._scheduler, self.free()
+    def can_step(self, decodes: Callable[[Request], bool], held: Container[str], num_late: int) -> bool:
+        """Whether the blocks of every row that this step may schedule are free.
+
+        Args:
+            decodes: whether a request takes one token in this step.
+            held: ids of the requests that stop one token short of their prompt's end.
+            num_late: requests of one token that vLLM admits after the running ones.
+        """
+        scheduler, sizes, free = self._scheduler, self._block_sizes, self.free()
+        if num_late:
+            free -= num_late * len(sizes) + self._manager.watermark_blocks
         running = scheduler.running
         budget = scheduler.max_num_scheduled_tokens
+        prefill = min(budget, sum(map(remaining, scheduler._inflight_prefills)))
         # A decoding row takes one new block at most, a prefill one more than its tokens fill.
-        if len(running) * len(self._managers) + self._blocks_of(budget) <= free:
+        if len(running) * len(sizes) + sum(cdiv(prefill, size) for size in sizes) <= free:
             return True
-        need = len(scheduler.kv_holding_waiting)
         for request in running:
+            computed = request.num_computed_tokens
             if decodes(request):
+                if reaches_end(request):
+                    continue
                 num_tokens = 1
+                free -= sum(computed % size == 0 for size in sizes)
             else:
-                held = request.request_id in group_of
-                num_tokens = min(max(0, remaining(request) - held), budget)
+                unheld = remaining(request) - (request.request_id in held)
+                num_tokens = max(0, min(unheld, budget))
+                if num_tokens:
+                    free -= self._to_reach(request, computed + num_tokens)
             budget -= num_tokens
-            if num_tokens:
-                need += self._to_reach(request, request.num_computed_tokens + num_tokens)
-                if need > free:
-                    return False
-        return True
-
-    @property
-    def _managers(self) -> Any:
-        return self._manager.coordinator.single_type_managers
-
-    def _blocks_of(self, num_tokens: int) -> int:
-        return sum(cdiv(num_tokens, manager.block_size) for manager in self._managers)
+        return free >= 0
 
     def _to_reach(self, request: Request, num_tokens: int) -> int:
-        """Blocks still to be allocated for a request to hold ``num_tokens`` tokens."""
+        """Blocks still to be allocated for a request to hold `num_tokens` tokens."""
         return self._manager.coordinator.get_num_blocks_to_allocate(
             request_id=request.request_id,
             num_tokens=num_tokens,
@@ -83,4 +99,17 @@ class BlockAccount:
             total_computed_tokens=request.num_computed_tokens,
             num_local_computed_tokens=request.num_computed_tokens,
             num_tokens_main_model=num_tokens,
+        )
+
+    def _to_hold(self, num_tokens: int) -> int:
+        """Most blocks that a request ever holds on its way to `num_tokens` tokens."""
+        return self._manager.coordinator.get_num_blocks_to_allocate(
+            request_id="",
+            num_tokens=num_tokens,
+            new_computed_blocks=self._manager.empty_kv_cache_blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=0,
+            num_local_computed_tokens=0,
+            num_tokens_main_model=num_tokens,
+            apply_admission_cap=True,
         )

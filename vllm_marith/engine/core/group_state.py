@@ -17,6 +17,7 @@ class Group:
 
     Attributes:
         members: the leader's request, then the followers'.
+        ids: their request ids.
         released: the members are in vLLM's queues; otherwise the group waits in the backlog.
         joint: every member has exactly one token left to compute, so a step can sample them
             together.  Once true it stays true until the group is preempted: each joint step leaves
@@ -30,13 +31,16 @@ class Group:
     joint: bool = False
     late: list[Request] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.ids = tuple(m.request_id for m in self.members)
+
     @property
     def leader(self) -> Request:
         return self.members[0]
 
     @property
     def name(self) -> str:
-        return self.leader.request_id
+        return self.ids[0]
 
     def is_ready(self) -> bool:
         """Whether every member but the late ones runs and has one token left."""
@@ -53,18 +57,26 @@ def remaining(request: Request) -> int:
     )
 
 
-def build_group(leader: Request, spec: GroupSpec, max_model_len: int) -> Group:
+def reaches_end(request: Request) -> bool:
+    """Whether the steps in flight bring a request to its ``max_tokens``; vLLM then skips it."""
+    in_flight = request.num_output_placeholders
+    return (
+        in_flight > 0
+        and request.num_computed_tokens + 2 - in_flight >= request.num_prompt_tokens + request.max_tokens
+    )
+
+
+def build_group(leader: Request, spec: GroupSpec, max_tokens: int) -> Group:
     """Turns a formula's request into its group.
 
-    The leader keeps its identity and parameters, except that ``max_tokens`` is clamped so that no
-    member reaches the model's length before it.  Followers compute logits and nothing else: they
-    never stop by themselves, and whatever they sample is replaced by the leader's token.
+    The leader keeps its identity and parameters, except that it generates `max_tokens` at most:
+    what the engine has room for.  Followers compute logits and nothing else: they never stop by
+    themselves, and whatever they sample is replaced by the leader's token.
     """
     params = leader.sampling_params
     assert params is not None
     tags = member_tags(leader.request_id, spec)
-    longest = max([leader.num_prompt_tokens, *map(len, spec.prompts)])
-    leader.max_tokens = min(leader.max_tokens, max_model_len - longest)
+    leader.max_tokens = min(leader.max_tokens, max_tokens)
 
     # The caller's parameters are shared by the children of n > 1: replace, never change.  The
     # terms' prompts stay behind, workers have no use for them.

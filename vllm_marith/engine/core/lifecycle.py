@@ -1,0 +1,167 @@
+"""A group from its leader's arrival to its leader's end, and what clients see of it.
+
+Followers are ordinary requests of vLLM's.  They arrive with their leader, end with it whatever
+ended it, and never appear in an output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import Request, RequestStatus
+
+from ..group import KEY, GroupSpec
+from .backlog import Backlog
+from .blocks import BlockAccount
+from .group_state import Group, build_group
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    _Base = Scheduler
+else:
+    _Base = object
+
+logger = init_logger(__name__)
+
+
+class GroupLifecycle(_Base):
+    """The tables of living groups, their intake and their end."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups: dict[str, Group] = {}
+        self._group_of: dict[str, Group] = {}  # by any member's request id
+        self._followers: set[str] = set()
+        self._blocks = BlockAccount(self)
+        # A group is in exactly one of these three.
+        self._compiling: dict[str, Group] = {}  # the leader's grammar is not ready yet
+        self.backlog = Backlog(self.policy)
+        self._released: dict[str, Group] = {}  # in vLLM's queues: what a step looks at
+        self._gathering: dict[str, Group] = {}  # released, but not joint yet
+        # What one step or one update leaves to its end.
+        self._torn: dict[str, Group] = {}  # groups of which vLLM preempted a member by itself
+        self._ended: dict[str, Group] = {}  # groups a member of which ended in this update
+        self._expired: list[str] = []  # followers that ended in this update
+        self._errors: list[tuple[int, EngineCoreOutput]] = []
+
+    # ------------------------------------------------------------------ intake
+
+    def add_request(self, request: Request) -> None:
+        """Fans a formula's request out into its group; n > 1 arrives as several such requests."""
+        wire = (request.sampling_params.extra_args or {}).get(KEY) if request.sampling_params else None
+        if wire is None or request.request_id in self.requests:
+            super().add_request(request)
+            return
+        if not isinstance(wire, dict):
+            super().add_request(request)
+            self._fail(request, "its formula never passed admission")
+            return
+
+        spec = GroupSpec.from_wire(wire)
+        if spec.size == 1:  # nothing to keep together
+            build_group(request, spec, request.max_tokens)
+            super().add_request(request)
+            return
+        lengths = [request.num_prompt_tokens, *map(len, spec.prompts)]
+        room = self._blocks.room(lengths, min(request.max_tokens, self.max_model_len - max(lengths)))
+        if room < 1 or spec.size > self.max_num_active_reqs:
+            super().add_request(request)
+            self._fail(request, "the group can never fit this engine")
+            return
+        self._add_group(build_group(request, spec, room))
+
+    def _add_group(self, group: Group) -> None:
+        self.groups[group.name] = group
+        self._followers.update(group.ids[1:])
+        for member in group.members:
+            self._group_of[member.request_id] = group
+            super().add_request(member)
+        if self._is_blocked_waiting_status(group.leader.status):
+            self._compiling[group.name] = group
+        else:
+            self.backlog.push(group)
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """(running, waiting), wherever a request waits."""
+        return len(self.running), len(self.requests) - len(self.running)
+
+    # --------------------------------------------------------------------- end
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's update, after which followers share their leader's end and are hidden."""
+        if not self._followers and not self._errors:
+            return super().update_from_output(scheduler_output, model_runner_output)
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for group in list(self._ended.values()):
+            if group.leader.is_finished():
+                self._finish_followers(group)
+            else:
+                self._fail(group.leader, "a follower ended before its leader")
+        self._ended.clear()
+        for client in outputs.values():
+            client.outputs = [o for o in client.outputs if o.request_id not in self._followers]
+        self._followers.difference_update(self._expired)
+        self._expired.clear()
+        for client_index, error in self._errors:
+            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(error)
+        self._errors.clear()
+        return outputs
+
+    def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
+        group = self._group_of.get(request.request_id)
+        if group is not None:
+            self._ended[group.name] = group
+        self.backlog.forget(request.request_id)
+        freed = super()._free_request(request, delay_free_blocks)
+        if self.finished_req_ids_dict is not None and request.request_id in self._followers:
+            self.finished_req_ids_dict[request.client_index].discard(request.request_id)
+        return freed
+
+    def _finish_followers(self, group: Group) -> None:
+        self._forget(group)
+        super().finish_requests(group.ids[1:], RequestStatus.FINISHED_STOPPED)
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        """Ends the named requests, each leader with its whole group."""
+        if isinstance(request_ids, str):
+            request_ids = (request_ids,)
+        ids = set(self.requests if request_ids is None else request_ids)
+        groups = [group for i in ids if (group := self.groups.get(i)) is not None]
+        followers = {i for group in groups for i in group.ids[1:]}
+        for group in groups:
+            self._forget(group)
+        finished = super().finish_requests(ids | followers, finished_status)
+        return [r for r in finished if r.request_id not in followers]
+
+    def _forget(self, group: Group) -> None:
+        del self.groups[group.name]
+        for table in (self._released, self._gathering, self._compiling, self._ended):
+            table.pop(group.name, None)
+        self.backlog.forget(group.name)
+        # Outputs of this update may still name the followers: their ids are kept until it ends.
+        self._expired.extend(group.ids[1:])
+        for member in group.ids:
+            del self._group_of[member]
+
+    def _fail(self, leader: Request, reason: str) -> None:
+        """Ends a group with an error that its client receives with the next outputs."""
+        logger.error("marith: request %s failed: %s", leader.request_id, reason)
+        self.finish_requests(leader.request_id, RequestStatus.FINISHED_ERROR)
+        error = EngineCoreOutput(
+            request_id=leader.request_id,
+            new_token_ids=[],
+            finish_reason=leader.get_finished_reason(),
+            events=leader.take_events(),
+            trace_headers=leader.trace_headers,
+        )
+        self._errors.append((leader.client_index, error))
