@@ -181,9 +181,12 @@ class GroupMixin(GroupLifecycle):
             self._prefill_allowance -= n
         return n
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
-        """A hit of all but one token would leave nothing to hold: asks for a shorter one."""
-        hit = super()._get_local_prefix_cache_hit(request)
+    def _get_local_prefix_cache_hit(self, request: Request, *limit: int | None) -> Any:
+        """A hit of all but one token would leave nothing to hold: asks for a shorter one.
+
+        limit: in vLLM 0.33, how long a hit may be at most.
+        """
+        hit = super()._get_local_prefix_cache_hit(request, *limit)
         group = self._group_of.get(request.request_id)
         if group is None or group.joint or hit[1] < request.num_tokens - 1:
             return hit
@@ -290,9 +293,7 @@ class GroupMixin(GroupLifecycle):
         group.late = []
         self.backlog.push(group)
 
-    def _preempt_request(
-        self, request: Request, timestamp: float, drop_stale_output: bool = False
-    ) -> None:
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
         super()._preempt_request(request, timestamp, drop_stale_output=drop_stale_output)
         group = self._group_of.get(request.request_id)
         if group is not None:
@@ -300,9 +301,7 @@ class GroupMixin(GroupLifecycle):
             if group.released:
                 self._torn[group.name] = group
 
-    def reset_prefix_cache(
-        self, reset_running_requests: bool = False, reset_connector: bool = False
-    ) -> bool:
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """As vLLM's; groups in flight start again as a whole."""
         if reset_running_requests:
             for group in list(self._released.values()):
