@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
+from vllm_marith.engine.offline import offline_llm, prepare_environment, sampling_params
 from vllm_marith.language import Formula
 from vllm_marith.models import ATTRIBUTES, DEMO, Judge, Paths, ensure
 from vllm_marith.models.corpus import Corpus
@@ -102,6 +103,7 @@ def run(
 ) -> list[Measured]:
     """The whole demo; returns what it measured, real text last."""
     console = console or Console()
+    prepare_environment()  # before `ensure`, which may import torch
     paths = ensure(home, only=DEMO)
     with console.status("Starting vLLM ..."):
         started = time.monotonic()
@@ -131,15 +133,11 @@ def run(
 
 def start(paths: Paths) -> LLM:
     """The embedded model in vLLM, in this process."""
-    from vllm_marith.engine.offline import offline_llm
-
     return offline_llm(paths.big, max_model_len=512, max_num_seqs=192)
 
 
 def write(llm: LLM, case: Case, seeds: Sequence[int], sampling: dict[str, Any]) -> list[str]:
     """One text per seed."""
-    from vllm_marith.engine.offline import sampling_params
-
     formula = case.parsed()
     params = [sampling_params(formula, seed=seed, **sampling) for seed in seeds]
     outputs = llm.chat([case.conversation()] * len(params), params, use_tqdm=False)  # type: ignore[arg-type]

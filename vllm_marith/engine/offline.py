@@ -25,6 +25,9 @@ QUIET = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
 
+CHATTY_LOGGERS = ("torch._library.triton", "vllm.triton_utils.importing")
+"""Warn that a CPU has no Triton, before vLLM has read its level."""
+
 CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: starts in seconds instead of half a minute
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # do not pin threads to cores that others may use
@@ -43,10 +46,10 @@ def offline_llm(model: str | Path, **options: Any) -> LLM:
     Without a GPU, vLLM's defaults are replaced by ones that suit a small model on a few cores
     (`CPU_OPTIONS`).  `options` go to `vllm.LLM` and win over all defaults; so do environment variables that
     are set already.  What vLLM and torch say while starting is kept quiet unless VLLM_LOGGING_LEVEL is set.
-    Call it before anything imports torch or vllm: they read some of the variables on import.
+    torch and vLLM read some of the variables on import; a program that imports them earlier calls
+    `prepare_environment` first.
     """
-    _set_defaults(ENVIRONMENT)
-    with nullcontext() if "VLLM_LOGGING_LEVEL" in os.environ else _quiet():
+    with _quiet() if prepare_environment() else nullcontext():
         import torch
 
         defaults: dict[str, Any] = {"logits_processors": ["marith"], "use_tqdm_on_load": False}
@@ -61,6 +64,15 @@ def offline_llm(model: str | Path, **options: Any) -> LLM:
         return LLM(str(model), **(defaults | options))
 
 
+def prepare_environment() -> bool:
+    """Set what torch and vLLM read on import; whether they shall be quiet, i.e. the user set no log level."""
+    _set_defaults(ENVIRONMENT)
+    if os.environ.get("VLLM_LOGGING_LEVEL", "ERROR") != "ERROR":
+        return False
+    _set_defaults(QUIET)
+    return True
+
+
 def _set_defaults(environment: dict[str, str]) -> None:
     for name, value in environment.items():
         os.environ.setdefault(name, value)
@@ -68,9 +80,9 @@ def _set_defaults(environment: dict[str, str]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Errors only, from the environment's readers, from Python's warnings and from torch's logger."""
-    _set_defaults(QUIET)
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns that a CPU has no Triton
+    """Without Python's warnings and those of `CHATTY_LOGGERS`."""
+    for name in CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -8,18 +8,18 @@ from types import TracebackType
 Tick = Callable[[int, int, str], None]
 """Told after every step: steps done, steps in all, a word on how it goes."""
 
-# Seconds each artefact took on two quiet cores of a 2020s server; only the estimate depends on them.
+# Seconds on two cores of a server of 2024 with nothing else running; only the estimate depends on them.
 EXPECTED_SECONDS = {
     "corpus": 10,
-    "tokenizer": 5,
-    "big": 105,
+    "tokenizer": 1,
+    "big": 100,
     "judge": 4,
-    "referee": 45,
-    "draft": 35,
-    "expert": 6,
-    "anti": 6,
-    "lora_legal": 10,
-    "judge_bert": 14,
+    "referee": 36,
+    "draft": 29,
+    "expert": 7,
+    "anti": 7,
+    "lora_legal": 9,
+    "judge_bert": 10,
 }
 
 
