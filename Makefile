@@ -3,10 +3,11 @@
 # test   everything that CI runs
 # lint   ruff and mypy
 # bench  cost and throughput of formulas, measured here
+# check-vllm  the ledger of touched vLLM symbols against VLLM, wheels or the word `installed`
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench check-vllm
 
 setup:
 	@scripts/setup
@@ -24,3 +25,7 @@ lint: setup
 
 bench: setup
 	@.venv/bin/marith bench $(BENCH_ARGS)
+
+VLLM ?= installed
+check-vllm: setup
+	@$(PYTHON) scripts/check_vllm.py $(VLLM)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-SUPPORTED = ">=0.32,<0.33"
-"""Range of vLLM releases that the suite has passed on."""
+SUPPORTED = ">=0.32,<0.34"
+"""Range of vLLM releases that the suite has passed on; docs/vllm-versions.md says what ran and how."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ _V1_API = "a logits hook ahead of the grammar mask"
 _V2 = "vllm.v1.worker.gpu"
 _V2_API = "a V2 logits hook ahead of the grammar mask, and one on the sampled tokens"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
+_COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 _SCHEDULER_API = "a scheduler plugin API with an all-or-none scheduling hook"
 
 LEDGER: tuple[Entry, ...] = (
@@ -168,12 +169,34 @@ LEDGER: tuple[Entry, ...] = (
                 "a member is held one token short of its prompt until all members are",
                 ("self", "request", "num_computed_tokens", "num_new_tokens"),
             ),
-            (
-                "_get_local_prefix_cache_hit",
-                "a prefix-cache hit of all but one token leaves nothing to hold back",
-                ("self", "request"),
-            ),
             ("get_request_counts", "requests in our backlog are waiting requests", ("self",)),
+        )
+    ),
+    Entry(
+        f"{_SCHEDULER}._get_local_prefix_cache_hit",
+        "a prefix-cache hit of all but one token leaves nothing to hold back",
+        "overrides",
+        _SCHEDULER_API,
+        ("self", "request"),
+        newer=("max_cache_hit_length",),  # 0.33
+    ),
+    *(
+        Entry(f"{_COORDINATOR}.{name}", why, "reads", _SCHEDULER_API, parameters)
+        for name, why, parameters in (
+            (
+                "find_longest_cache_hit",
+                "a shorter hit, where one must be held back",
+                ("self", "block_hashes", "max_cache_hit_length"),
+            ),
+            (
+                "get_num_blocks_to_allocate",
+                "what a step, an admission or a whole group needs of the block pool",
+                (
+                    *("self", "request_id", "num_tokens", "new_computed_blocks", "num_encoder_tokens"),
+                    *("total_computed_tokens", "num_local_computed_tokens", "num_tokens_main_model"),
+                    "apply_admission_cap",
+                ),
+            ),
         )
     ),
     *(
@@ -201,7 +224,7 @@ LEDGER: tuple[Entry, ...] = (
                     *("requests", "running", "waiting", "deferred_waiting", "kv_holding_waiting"),
                     *("_inflight_prefills", "kv_cache_manager", "policy", "lora_config", "max_model_len"),
                     *("max_num_active_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input"),
-                    *("finished_req_ids_dict", "_pause_state"),
+                    *("finished_req_ids_dict", "_pause_state", "pause_state"),
                 ),
             ),
             (
@@ -211,6 +234,8 @@ LEDGER: tuple[Entry, ...] = (
                     *("num_tokens", "num_prompt_tokens", "num_computed_tokens", "num_tokens_with_spec"),
                     *("num_output_placeholders", "num_in_flight_tokens", "num_stale_output_tokens"),
                     *("max_tokens", "block_hashes", "_block_hasher", "cache_salt", "client_index"),
+                    *("trace_headers", "skip_reading_prefix_cache", "take_events", "is_finished"),
+                    "get_finished_reason",
                 ),
             ),
             (
@@ -220,6 +245,8 @@ LEDGER: tuple[Entry, ...] = (
                     *("create_kv_cache_blocks", "empty_kv_cache_blocks"),
                 ),
             ),
+            (_COORDINATOR, ("single_type_managers",)),
+            ("vllm.v1.core.block_pool:BlockPool", ("num_gpu_blocks", "get_num_free_blocks")),
         )
     ),
     Entry(
