@@ -1,27 +1,34 @@
-"""The scheduler under random traffic, without a model: every rule of a group at every step.
+"""The scheduler without a model: every rule of a group at every step, whatever the traffic.
 
-`tests.support.fake_engine` checks, at each step and whatever happens:
+`tests.support.fake_engine` checks at each step:
 
 - a member is computed through its last token together with all its group, and all of them have the
   same number of output tokens after every update;
 - what a row attends to is what its tokens say (block tables, prefix-cache hits, recomputation);
 - clients see their own requests only, each with exactly its tokens;
-- rows and token budget are respected, vLLM's own loop never preempts while groups live;
+- each request waits or runs in exactly one place;
+- rows and token budget are respected, and vLLM's own loop never preempts while groups live;
 - first come, first served: nobody overtakes a group that was never let in;
 - something always happens, and in the end everything is given back.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.support.fake_engine import FakeEngine, Job, Options
+from tests.support.fake_engine import FakeEngine, Job, Progress
+from tests.support.fake_scheduler import Options
+from vllm_marith.engine.core.scheduler import GroupMixin
+from vllm_marith.engine.group import KEY
 
 SEED = int(os.environ.get("MARITH_SEED", random.randrange(2**32)))
 EXAMPLES = {"ci": 60, "default": 250, "soak": 2500}[os.environ.get("MARITH_PROFILE", "default")]
@@ -52,6 +59,7 @@ jobs = st.builds(
     priority=st.integers(0, 2),
     formula=st.sampled_from([True, True, True, False]),
     adapter=st.integers(0, 2),
+    grammar=st.sampled_from([False] * 7 + [True]),
 )
 
 
@@ -85,6 +93,7 @@ traffic = st.lists(
         steps,
         st.tuples(st.just("abort"), which),
         st.tuples(st.just("abort_meanwhile"), which),
+        st.tuples(st.just("compile"), which),
         st.tuples(st.just("reset"), st.none()),
         st.tuples(st.just("pause"), st.integers(1, 2)),
         st.tuples(st.just("quiesce"), st.none()),
@@ -117,6 +126,9 @@ def drive(engine: FakeEngine, traffic: list[tuple[str, Any]]) -> None:
             abort(value)
         elif kind == "abort_meanwhile":
             engine.step(meanwhile=partial(abort, value))
+        elif kind == "compile" and engine.grammars:
+            names = list(engine.grammars)
+            engine.compile(names[value % len(names)], error=value % 5 == 1)
         elif kind == "reset":
             engine.scheduler.reset_prefix_cache(reset_running_requests=True)
         elif kind == "pause":
@@ -134,10 +146,13 @@ def drive(engine: FakeEngine, traffic: list[tuple[str, Any]]) -> None:
     engine.drain()
     COUNTS["requests"] += len(engine.jobs)
     COUNTS["members"] += sum(len(p.job.members) for p in engine.jobs.values())
-    COUNTS["steps"] += engine.num_steps
+    COUNTS["steps"] += len(engine.steps)
     COUNTS["joint"] += engine.worker.num_joint_steps
     COUNTS["preemptions"] += engine.scheduler.num_group_preemptions
     COUNTS["idle"] = max(COUNTS["idle"], engine.most_idle)
+
+
+INCIDENTS = ["compile", "abort", "abort_meanwhile", "reset", "pause", "quiesce", "throttle", "add", "add"]
 
 
 def crowd(rng: random.Random) -> tuple[Options, list[tuple[str, Any]]]:
@@ -167,6 +182,7 @@ def crowd(rng: random.Random) -> tuple[Options, list[tuple[str, Any]]]:
             priority=rng.randrange(3),
             formula=rng.random() < 0.7,
             adapter=rng.randrange(3),
+            grammar=rng.random() < 0.1,
         )
 
     traffic: list[tuple[str, Any]] = []
@@ -174,7 +190,9 @@ def crowd(rng: random.Random) -> tuple[Options, list[tuple[str, Any]]]:
         traffic += [("add", job()) for _ in range(rng.randint(1, 6))]
         for _ in range(rng.randint(1, 4)):
             traffic.append(("steps", rng.randint(1, 8)))
-            kind = rng.choice(["abort", "abort_meanwhile", "reset", "pause", "quiesce", "throttle", "add", "add"])
+            kind = rng.choice(
+                ["compile", "abort", "abort_meanwhile", "reset", "pause", "quiesce", "throttle", "add", "add"]
+            )
             traffic.append((kind, job() if kind == "add" else rng.randint(1, 2)))
     return options, traffic
 
@@ -194,5 +212,173 @@ def test_crowds(tiny_model: Any, number: int) -> None:
     drive(FakeEngine(tiny_model, options), traffic)
 
 
-def test_the_random_traffic_was_heavy() -> None:
+def test_the_traffic_was_heavy() -> None:
+    """After the two above, in one process; run one of them alone with a seed of its own."""
     print(f"MARITH_SEED={SEED}", COUNTS)
+    if COUNTS["requests"]:
+        assert COUNTS["requests"] > 10 * EXAMPLES
+        assert COUNTS["joint"] > COUNTS["requests"]
+        assert COUNTS["preemptions"] > EXAMPLES / 10
+
+
+def prompt(length: int, first: int = 50) -> tuple[int, ...]:
+    return tuple(range(first, first + length))
+
+
+def group(*lengths: int, **kwargs: Any) -> Job:
+    return Job(tuple(prompt(n, 50 + i) for i, n in enumerate(lengths)), **kwargs)
+
+
+def plain(length: int, **kwargs: Any) -> Job:
+    return Job((prompt(length),), formula=False, **kwargs)
+
+
+# ---------------------------------------------------------------------- one rule at a time
+
+
+def test_plain_requests_are_scheduled_as_by_vllm(tiny_model: Any) -> None:
+    """Before a group comes and after it has gone, every step is vLLM's own."""
+    rng = random.Random(SEED)
+    jobs = [
+        Job((prompt(rng.randint(1, 90), rng.choice([50, 50, 300])),), rng.randint(1, 60), formula=False)
+        for _ in range(80)
+    ]
+    for asynchronous, by_priority in itertools.product([False, True], repeat=2):
+        options = Options(asynchronous, by_priority, num_blocks=60, max_num_batched_tokens=80)
+        ours = FakeEngine(tiny_model, options)
+        theirs = FakeEngine(tiny_model, replace(options, formulas=False))
+        for engine in (ours, theirs):
+            engine.add(plain(20) if engine is theirs else group(20, 20))
+            engine.drain()
+            engine.scheduler.reset_prefix_cache()
+            engine.steps.clear()
+            for i, job in enumerate(jobs):
+                engine.add(job)
+                if i % 3 == 0:
+                    engine.step()
+            engine.drain()
+        assert [step.num_scheduled_tokens for step in ours.steps] == [
+            step.num_scheduled_tokens for step in theirs.steps
+        ]
+        assert [progress.tokens for progress in ours.jobs.values()][1:] == [
+            progress.tokens for progress in theirs.jobs.values()
+        ][1:]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_torn_group_fails_alone(tiny_model: Any, asynchronous: bool, monkeypatch: Any) -> None:
+    """The rules are switched off, so vLLM tears groups; no client sees a token that is not the formula's."""
+    monkeypatch.setattr(GroupMixin, "_make_room", lambda self: False)
+    engine = FakeEngine(tiny_model, Options(asynchronous, num_blocks=24), strict=False)
+    for i in range(6):
+        engine.add(group(10, 9, 8, max_tokens=40))
+        engine.add(plain(10 + i, max_tokens=40))
+    engine.drain()
+    ends = {kind: [p.ended for p in engine.jobs.values() if p.job.formula is kind] for kind in (True, False)}
+    assert "error" in ends[True]
+    assert set(ends[False]) == {"length"}
+
+
+def test_a_group_fails_when_a_follower_is_lost(tiny_model: Any) -> None:
+    from vllm.v1.request import RequestStatus
+
+    engine = FakeEngine(tiny_model, Options(), strict=False)
+    lost, other = engine.add(group(5, 6)), engine.add(group(5, 6))
+    engine.step()
+    engine.scheduler.finish_requests(f"{lost}+1", RequestStatus.FINISHED_ERROR)
+    engine.drain()
+    assert (engine.jobs[lost].ended, engine.jobs[other].ended) == ("error", "length")
+
+
+def test_a_formula_that_was_never_admitted_fails(tiny_model: Any) -> None:
+    engine = FakeEngine(tiny_model, Options(), strict=False)
+    request = engine.request("r0", plain(5), 0.0)
+    request.sampling_params.extra_args = {KEY: "a - b"}
+    engine.jobs["r0"] = Progress(plain(5), 0, 8)
+    engine.scheduler.add_request(request)
+    engine.drain()
+    assert engine.jobs["r0"].ended == "error"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(max_num_seqs=3),  # rows
+        Options(num_blocks=17),  # blocks
+        Options(max_num_seqs=16, max_num_scheduled_tokens=3),  # tokens of a step
+        Options(num_blocks=24, watermark=0.2),
+    ],
+)
+def test_a_group_that_can_never_fit_is_refused(tiny_model: Any, options: Options) -> None:
+    engine = FakeEngine(tiny_model, options)
+    engine.add(group(35, 35, 35, 35))
+    engine.add(group(35, 35))
+    engine.drain()
+    assert [p.ended for p in engine.jobs.values()] == ["error", "length"]
+
+
+def test_followers_are_not_reported_as_finished(tiny_model: Any) -> None:
+    engine = FakeEngine(tiny_model, Options(), include_finished_set=True)
+    for _ in range(3):
+        engine.add(group(5, 6, 7))
+    engine.abort(["r1"])
+    engine.drain()
+
+
+def test_a_group_may_fill_the_pool(tiny_model: Any) -> None:
+    """Two members of 7 blocks in 14, alone: nothing is preempted, nothing is cut off."""
+    for asynchronous in (False, True):
+        engine = FakeEngine(tiny_model, Options(asynchronous, num_blocks=15))
+        engine.add(group(8, 8, max_tokens=49))
+        engine.drain()
+        assert len(engine.jobs["r0"].tokens) == 49
+        assert engine.scheduler.num_group_preemptions == 0
+
+
+def test_members_of_one_token_keep_their_rows(tiny_model: Any) -> None:
+    """Plain requests that arrive at every step cannot keep a group's late members out."""
+    engine = FakeEngine(tiny_model, Options(max_num_seqs=4, max_num_batched_tokens=8))
+    for _ in range(4):
+        engine.add(plain(3, max_tokens=9))
+    name = engine.add(group(20, 1, 1))
+    for _ in range(40):
+        engine.add(plain(3, max_tokens=9))
+        engine.step()
+    assert engine.jobs[name].ended == "length"
+    engine.drain()
+
+
+def test_members_of_one_token_after_a_preemption_in_flight(tiny_model: Any) -> None:
+    """Their first token is on its way: they come back with two, and no longer late."""
+    engine = FakeEngine(tiny_model, Options(asynchronous=True, max_num_seqs=3, max_num_batched_tokens=3))
+    engine.add(group(1, 1, 1, max_tokens=5))
+    while not engine.worker.num_joint_steps:
+        engine.step()
+    engine.scheduler._preempt_group(engine.scheduler.groups["r0"])
+    engine.drain()
+    assert engine.jobs["r0"].ended == "length"
+
+
+def test_a_resumed_session_and_members_of_one_token(tiny_model: Any) -> None:
+    """vLLM admits a session that holds blocks first; it must not take the late members' tokens."""
+    for by_priority in (False, True):
+        options = Options(by_priority=by_priority, max_num_seqs=4, max_num_batched_tokens=4)
+        engine = FakeEngine(tiny_model, options)
+        session = Job((prompt(9),), 4, formula=False)
+        engine.jobs["r0"] = Progress(session, 0, 4)
+        engine.scheduler.add_request(engine.request("r0", session, 0.0, resumable=True))
+        while engine.jobs["r0"].ended is None:
+            engine.step()
+
+        late = engine.add(replace(group(1, 1, 1), priority=1))
+        engine.step()  # released; in the next step its members may enter
+        more = prompt(30, 400)
+        turn = Job(((*session.prompts[0], *engine.jobs["r0"].tokens[:-1], *more),), 4, formula=False)
+        engine.jobs["r0"] = Progress(turn, 0, 4)
+        update = Job((more,), 4, formula=False)
+        engine.scheduler.add_request(engine.request("r0", update, 0.0, resumable=True))
+        while engine.alive:
+            engine.step()
+        assert engine.jobs[late].ended == "length"
+        engine.abort(["r0"])
+        engine.drain()

@@ -45,16 +45,13 @@ class Group:
     def is_ready(self) -> bool:
         """Whether every member but the late ones runs and has one token left."""
         return all(
-            m in self.late or (m.status == RequestStatus.RUNNING and remaining(m) == 1)
-            for m in self.members
+            m in self.late or (m.status == RequestStatus.RUNNING and remaining(m) == 1) for m in self.members
         )
 
 
 def remaining(request: Request) -> int:
     """Tokens of a request that no scheduled step has computed yet."""
-    return (
-        request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
-    )
+    return request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
 
 
 def reaches_end(request: Request) -> bool:

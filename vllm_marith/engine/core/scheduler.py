@@ -22,7 +22,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, islice, takewhile
+from itertools import chain, islice, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -161,7 +161,7 @@ class GroupMixin(GroupLifecycle):
         if not self._inflight_prefills:
             return  # every row decodes
         decodes = [self._decodes(r) for r in self.running]
-        if any(late and not early for early, late in zip(decodes, decodes[1:], strict=False)):
+        if any(late and not early for early, late in pairwise(decodes)):
             pairs = list(zip(self.running, decodes, strict=True))
             self.running = [r for r, first in pairs if first] + [r for r, first in pairs if not first]
 
@@ -169,10 +169,10 @@ class GroupMixin(GroupLifecycle):
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         """Holds a member one token short, and leaves room in the budget for late members."""
-        n = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         group = self._group_of.get(request.request_id)
         if group is not None and group.joint:
-            return n
+            return num_new_tokens  # its last token: nothing to hold, no chunk to end
+        n = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         if group is not None:
             unheld = request.num_tokens + request.num_output_placeholders - 1 - num_computed_tokens
             n = max(0, min(n, unheld))
@@ -229,19 +229,19 @@ class GroupMixin(GroupLifecycle):
         self._torn.clear()
 
     def _keep_alive(self, output: SchedulerOutput) -> None:
-        """Two groups may each hold what the other needs; then the younger starts again."""
+        """Two groups may each hold what the other needs; then the last in line starts again."""
         if output.total_num_scheduled_tokens or not self.running:
             return
         if not self._gathering or any(r.num_in_flight_tokens for r in self.running):
             return
         stuck = self._gathering.values()
         if not any(group.is_ready() and self._adapters_fit(group.late) for group in stuck):
-            self._preempt_group(max(stuck, key=lambda group: _age(group.leader)))
+            self._preempt_group(max(stuck, key=lambda group: self._rank(group.leader)))
 
     # -------------------------------------------------------------- preemption
 
     def _make_room(self) -> bool:
-        """Preempts the youngest, groups as a whole, until this step's blocks and adapters fit."""
+        """Preempts the last in line, groups as a whole, until this step's blocks and adapters fit."""
         preempted = False
         while not (
             self._blocks.can_step(self._decodes, self._group_of, self._num_late) and self._adapters_fit()
@@ -252,7 +252,7 @@ class GroupMixin(GroupLifecycle):
             if not rows or len(owners) + self.num_waiting_for_streaming_input <= 1:
                 break  # by itself a group fits: it was let in on that condition
             # Of the same age, the one that was admitted last.
-            victim = max(reversed(rows), key=_urgency if self.backlog.by_priority else _age)
+            victim = max(reversed(rows), key=self._rank)
             group = self._group_of.get(victim.request_id)
             if group is not None:
                 self._preempt_group(group)
@@ -261,6 +261,12 @@ class GroupMixin(GroupLifecycle):
                 self._preempt_request(victim, time.monotonic())
             preempted = True
         return preempted
+
+    def _rank(self, request: Request) -> tuple[float, ...]:
+        """The higher, the sooner a request is preempted."""
+        if self.backlog.by_priority:
+            return request.priority, request.arrival_time
+        return (request.arrival_time,)
 
     def _adapters_fit(self, newcomers: Iterable[Request] = ()) -> bool:
         """vLLM counts the adapters of rows that step; rows that are held have theirs too."""
@@ -307,14 +313,6 @@ class GroupMixin(GroupLifecycle):
             for group in list(self._released.values()):
                 self._preempt_group(group, drop_stale_output=True)
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
-
-
-def _age(request: Request) -> tuple[float, ...]:
-    return (request.arrival_time,)
-
-
-def _urgency(request: Request) -> tuple[float, ...]:
-    return (request.priority, request.arrival_time)
 
 
 class GroupScheduler(GroupMixin, Scheduler):
