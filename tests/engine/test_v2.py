@@ -366,6 +366,26 @@ def test_several_completions(call: runners.Call) -> None:
     assert answers[0].tokens != answers[1].tokens
 
 
+# ------------------------------------------------------------------------------------------------ odd shapes
+
+
+def test_prompts_of_one_token(call: runners.Call, tiny_model: Path) -> None:
+    """Nothing of them can be held back until the other members are ready."""
+    empty = {"a": {}, "b": {"system": "You are a lawyer."}, "c": {"prompt": ""}}
+    odd = [
+        Job("", Formula.parse("a", empty), {"a": ""}),
+        Job("", Formula.parse("a - 0.4*b", empty), {"a": "", "b": "You are a lawyer.\n"}),
+        Job(
+            TEXT,
+            Formula.parse("a + 0.5*union(b, c)", empty),
+            {"a": TEXT, "b": f"You are a lawyer.\n{TEXT}", "c": ""},
+        ),
+    ]
+    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
+    wanted = exactness.references(str(tiny_model), [*odd, UNION], LENGTH)
+    exactness.assert_greedy([*odd, UNION], call(exactness.generate, [*odd, UNION], asked), wanted)
+
+
 # ------------------------------------------------------------------------------------- what stays as it is
 
 
