@@ -2,7 +2,7 @@
 # demo   the same request plain, prompted and under formulas, side by side
 # test   everything that CI runs
 # lint   ruff and mypy
-# bench  cost and throughput of formulas, measured here
+# bench  cost and throughput of formulas, and of the kernels alone, measured here
 # check-vllm  the ledger of touched vLLM symbols against VLLM, wheels or the word `installed`
 
 PYTHON := .venv/bin/python
@@ -25,6 +25,7 @@ lint: setup
 
 bench: setup
 	@.venv/bin/marith bench $(BENCH_ARGS)
+	@$(PYTHON) scripts/bench_kernels.py
 
 VLLM ?= installed
 check-vllm: setup

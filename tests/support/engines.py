@@ -44,8 +44,8 @@ def engine(model: Any, *, formulas: bool = True, **options: Any) -> Iterator[Any
         defaults["logits_processors"] = ["marith"]
     # Threads that wait for each other spin: with models this small, on cores that have other work too,
     # a second thread makes everything several times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+    set_num_threads(1)
     try:
         llm = LLM(str(model), **{**defaults, **options})
         try:
@@ -56,7 +56,8 @@ def engine(model: Any, *, formulas: bool = True, **options: Any) -> Iterator[Any
             gc.collect()
             cleanup_dist_env_and_memory()
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker disables it for the whole process
+        set_num_threads(threads)
 
 
 def scheduler(llm: Any) -> Any:
