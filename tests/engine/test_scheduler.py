@@ -325,14 +325,57 @@ def test_followers_are_not_reported_as_finished(tiny_model: Any) -> None:
     engine.drain()
 
 
-def test_a_group_may_fill_the_pool(tiny_model: Any) -> None:
-    """Two members of 7 blocks in 14, alone: nothing is preempted, nothing is cut off."""
-    for asynchronous in (False, True):
-        engine = FakeEngine(tiny_model, Options(asynchronous, num_blocks=15))
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_groups_may_fill_the_pool(tiny_model: Any, num_groups: int, asynchronous: bool) -> None:
+    """Two members of 7 blocks each, to the last slot: nothing is preempted, nothing is cut off."""
+    engine = FakeEngine(tiny_model, Options(asynchronous, num_blocks=1 + 14 * num_groups))
+    for _ in range(num_groups):
         engine.add(group(8, 8, max_tokens=49))
+    engine.drain()
+    assert {len(progress.tokens) for progress in engine.jobs.values()} == {49}
+    assert engine.scheduler.num_group_preemptions == 0
+
+
+@pytest.mark.parametrize("by_priority", [False, True])
+def test_the_last_in_line_makes_room(tiny_model: Any, by_priority: bool) -> None:
+    engine = FakeEngine(tiny_model, Options(by_priority=by_priority, num_blocks=20))
+    older = engine.add(group(8, 8, max_tokens=60, priority=2))
+    younger = engine.add(group(8, 8, max_tokens=60, priority=1))
+    preempted = {name: engine.scheduler.groups[name].leader for name in (older, younger)}
+    engine.drain()
+    victims = [name for name, leader in preempted.items() if leader.num_preemptions]
+    assert victims == [older if by_priority else younger]
+
+
+def test_room_for_a_prompt_in_chunks(tiny_model: Any) -> None:
+    """The last chunk of a prompt that was admitted no longer fits when a group grows in that step."""
+    preemptions = []
+    for length in range(2, 10):
+        options = Options(num_blocks=18, max_num_batched_tokens=62, prefix_caching=False)
+        engine = FakeEngine(tiny_model, options)
+        engine.add(group(length, length, max_tokens=20))
+        engine.step()
+        engine.add(plain(120, max_tokens=2))
+        request = engine.scheduler.requests["r1"]
         engine.drain()
-        assert len(engine.jobs["r0"].tokens) == 49
-        assert engine.scheduler.num_group_preemptions == 0
+        preemptions.append(request.num_preemptions)
+    assert max(preemptions) > 0
+
+
+def test_members_of_one_token_make_nobody_else_give_way(tiny_model: Any) -> None:
+    """A group that turns out not to fit as its late members enter goes back alone."""
+    preemptions = []
+    for delay in range(12):
+        engine = FakeEngine(tiny_model, Options(num_blocks=11, prefix_caching=False))
+        for _ in range(2):
+            engine.add(group(8, 8, max_tokens=9))
+        for _ in range(delay):
+            engine.step()
+        engine.add(group(1, 1, 1))
+        engine.drain()
+        preemptions.append(engine.scheduler.num_group_preemptions)
+    assert max(preemptions) == 1
 
 
 def test_members_of_one_token_keep_their_rows(tiny_model: Any) -> None:
@@ -348,6 +391,32 @@ def test_members_of_one_token_keep_their_rows(tiny_model: Any) -> None:
     engine.drain()
 
 
+def test_members_of_one_token_and_adapters(tiny_model: Any) -> None:
+    """Released beside another adapter that is admitted first, they do not enter until it is gone."""
+    for length in range(40, 45):
+        options = Options(max_num_seqs=4, max_num_batched_tokens=4, max_adapters=1)
+        engine = FakeEngine(tiny_model, options)
+        engine.add(plain(2, max_tokens=6, adapter=1))
+        engine.add(group(1, 1, adapter=2))
+        engine.step()
+        engine.add(plain(length))
+        engine.drain()
+
+
+def test_members_of_one_token_in_a_pause(tiny_model: Any) -> None:
+    """A pause as they are about to enter: afterwards a long prompt must not take their tokens."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    engine = FakeEngine(tiny_model, Options(max_num_seqs=3, max_num_batched_tokens=3))
+    engine.add(group(3, 1))
+    engine.add(plain(30))
+    engine.step()
+    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    engine.scheduler.schedule()
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.drain()
+
+
 def test_members_of_one_token_after_a_preemption_in_flight(tiny_model: Any) -> None:
     """Their first token is on its way: they come back with two, and no longer late."""
     engine = FakeEngine(tiny_model, Options(asynchronous=True, max_num_seqs=3, max_num_batched_tokens=3))
@@ -359,26 +428,27 @@ def test_members_of_one_token_after_a_preemption_in_flight(tiny_model: Any) -> N
     assert engine.jobs["r0"].ended == "length"
 
 
-def test_a_resumed_session_and_members_of_one_token(tiny_model: Any) -> None:
-    """vLLM admits a session that holds blocks first; it must not take the late members' tokens."""
-    for by_priority in (False, True):
-        options = Options(by_priority=by_priority, max_num_seqs=4, max_num_batched_tokens=4)
-        engine = FakeEngine(tiny_model, options)
-        session = Job((prompt(9),), 4, formula=False)
-        engine.jobs["r0"] = Progress(session, 0, 4)
-        engine.scheduler.add_request(engine.request("r0", session, 0.0, resumable=True))
-        while engine.jobs["r0"].ended is None:
-            engine.step()
+def test_members_of_one_token_and_resumed_sessions(tiny_model: Any) -> None:
+    """vLLM admits sessions that hold blocks first; they must not take the late members' tokens."""
+    options = Options(max_num_seqs=5, max_num_batched_tokens=5)
+    engine = FakeEngine(tiny_model, options)
+    sessions = ["r0", "r1"]
+    first = Job((prompt(9),), 4, formula=False)
+    for name in sessions:
+        engine.jobs[name] = Progress(first, 0, 4)
+        engine.scheduler.add_request(engine.request(name, first, 0.0, resumable=True))
+    while engine.alive:
+        engine.step()
 
-        late = engine.add(replace(group(1, 1, 1), priority=1))
-        engine.step()  # released; in the next step its members may enter
-        more = prompt(30, 400)
-        turn = Job(((*session.prompts[0], *engine.jobs["r0"].tokens[:-1], *more),), 4, formula=False)
-        engine.jobs["r0"] = Progress(turn, 0, 4)
-        update = Job((more,), 4, formula=False)
-        engine.scheduler.add_request(engine.request("r0", update, 0.0, resumable=True))
-        while engine.alive:
-            engine.step()
-        assert engine.jobs[late].ended == "length"
-        engine.abort(["r0"])
-        engine.drain()
+    engine.add(group(1, 1, 1))
+    engine.step()  # released; in the next step its members may enter
+    more = prompt(30, 400)
+    for name in sessions:
+        history = (*first.prompts[0], *engine.jobs[name].tokens[:-1], *more)
+        engine.jobs[name] = Progress(Job((history,), 4, formula=False), 0, 4)
+        update = engine.request(name, Job((more,), 4, formula=False), 0.0, resumable=True)
+        engine.scheduler.add_request(update)
+    while engine.alive:
+        engine.step()
+    engine.abort(sessions)
+    engine.drain()
