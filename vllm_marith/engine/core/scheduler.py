@@ -139,7 +139,7 @@ class GroupMixin(GroupLifecycle):
         # A resumed session comes before late members and might take the step's tokens.
         resumed = any(not self._is_blocked_waiting_status(r.status) for r in self.kv_holding_waiting)
         for group in [g for g in self._gathering.values() if g.is_ready()]:
-            if group.late and (throttle_prefills or resumed or not self._adapters_fit(group.late)):
+            if group.late and (throttle_prefills or resumed):
                 continue
             for member in group.late:
                 # This queue is drained first, whatever else waits.
