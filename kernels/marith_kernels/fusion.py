@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 
 from .backends import check_dtype, check_logits, module_of, resolve
-from .program import Batch
+from .batch import Batch
+
+
+class Extra(NamedTuple):
+    """Rows that `fuse` reads beside the logits: rows of an earlier `fuse`, or made by other means."""
+
+    logits: torch.Tensor  # float32 [S, >= vocab_size], any row stride
+    lse: torch.Tensor  # float32 [S] log-sum-exp of each row; 0 where the row is read as weightless
 
 
 class Fused(NamedTuple):
@@ -23,6 +30,7 @@ def fuse(
     logits: torch.Tensor,
     batch: Batch,
     *,
+    extra: Extra | Fused | None = None,
     vocab_size: int | None = None,
     out: torch.Tensor | None = None,
     backend: str = "auto",
@@ -46,9 +54,11 @@ def fuse(
     values in their group.
 
     logits: [R, >= vocab_size] float32, bfloat16 or float16, on the batch's device, any row stride.
+    extra: what the batch's rows from `first_extra` on are, in place of logits; their log-sum-exp is taken as
+    it is given. Nothing of the logits is copied.
     vocab_size: columns that count (default: all).
-    out: float32 [G, >= vocab_size], any row stride, not overlapping logits; what lies beyond vocab_size
-    becomes -inf.
+    out: float32 [G, >= vocab_size], any row stride, not overlapping logits or extra rows; what lies beyond
+    vocab_size becomes -inf.
         Default: a new [G, vocab_size]; on a GPU its row stride is a multiple of 16.
     backend: "auto" takes triton for CUDA tensors, and for CPU tensors numba, or torch where numba is not
     installed.
@@ -58,15 +68,42 @@ def fuse(
     backend is not installed or not for this device.
     """
     vocab_size = check_logits(logits, vocab_size)
-    _check(logits, batch, vocab_size, out)
+    check_rows(logits, batch, out, vocab_size)
+    rows, row_lse = None, None
+    if batch.n_extra_rows:
+        rows, lse = _check_extra(extra, batch, vocab_size)
+        row_lse = torch.cat([lse.new_empty(batch.first_extra), lse])
     name = resolve(backend, logits.device)
     if out is None:
-        width = vocab_size if logits.device.type == "cpu" else -(-vocab_size // 16) * 16
-        out = torch.empty(batch.n_groups, width, device=logits.device)[:, :vocab_size]
+        out = empty_rows(batch.n_groups, vocab_size, logits.device)[:, :vocab_size]
+    return run(logits, batch, vocab_size, out, name, rows, row_lse)
+
+
+def run(
+    logits: torch.Tensor,
+    batch: Batch,
+    vocab_size: int,
+    out: torch.Tensor,
+    backend: str,
+    extra: torch.Tensor | None = None,
+    row_lse: torch.Tensor | None = None,
+) -> Fused:
+    """`fuse` without its checks, on a backend that `resolve` has named.
+
+    row_lse: float32 [first_extra + S], log-sum-exps by row as the batch counts. Those at `batch.lse_row` are
+    filled in here; those of the extra rows, and of logits rows in the batch's `known_lse`, are read. None
+    where there is nothing to read.
+    """
     if batch.n_groups == 0:
         return Fused(out, out.new_empty(0), torch.empty(0, dtype=torch.int64, device=out.device))
-    lse, argmax = module_of("fuse", name).fuse(logits, batch, vocab_size, out)
+    lse, argmax = module_of("fuse", backend).fuse(logits, batch, vocab_size, out, extra, row_lse)
     return Fused(out, lse, argmax)
+
+
+def empty_rows(n: int, vocab_size: int, device: torch.device) -> torch.Tensor:
+    """float32 [n, >= vocab_size], not initialised; on a GPU its stride is a multiple of 16."""
+    width = vocab_size if device.type == "cpu" else -(-vocab_size // 16) * 16
+    return torch.empty(n, width, device=device)
 
 
 def warmup(
@@ -98,7 +135,8 @@ def warmup(
     return name
 
 
-def _check(logits: torch.Tensor, batch: Batch, vocab_size: int, out: torch.Tensor | None) -> None:
+def check_rows(logits: torch.Tensor, batch: Batch, out: torch.Tensor | None, vocab_size: int) -> None:
+    """ValueError if the batch does not fit the logits, or `out` does not fit the batch."""
     if batch.n_rows > logits.shape[0]:
         raise ValueError(
             f"The batch reads row {batch.n_rows - 1} and the logits have {logits.shape[0]} rows."
@@ -113,3 +151,27 @@ def _check(logits: torch.Tensor, batch: Batch, vocab_size: int, out: torch.Tenso
         raise ValueError(
             f"out must be [{batch.n_groups}, >= {vocab_size}] of stride 1, not {tuple(out.shape)}."
         )
+
+
+def _check_extra(
+    extra: Extra | Fused | None, batch: Batch, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if extra is None:
+        raise ValueError(f"The batch reads {batch.n_extra_rows} extra rows and extra is None.")
+    rows, lse = extra.logits, extra.lse
+    device = batch.code.device
+    for what, tensor, dims in (("extra.logits", rows, 2), ("extra.lse", lse, 1)):
+        if tensor.dtype != torch.float32 or tensor.device != device or tensor.dim() != dims:
+            raise ValueError(
+                f"{what} must be float32 of {dims} dimensions on {device}, not {tensor.dtype} of "
+                f"{tensor.dim()} on {tensor.device}."
+            )
+    if len(rows) < batch.n_extra_rows or len(lse) != len(rows):
+        raise ValueError(
+            f"The batch reads {batch.n_extra_rows} extra rows; there are {len(rows)}, and {len(lse)} lse."
+        )
+    if rows.shape[1] < vocab_size or (rows.stride(1) != 1 and rows.shape[1] > 1):
+        raise ValueError(
+            f"extra.logits must be [rows, >= {vocab_size}] of stride 1, not {tuple(rows.shape)}."
+        )
+    return rows, lse

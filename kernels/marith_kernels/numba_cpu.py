@@ -19,9 +19,11 @@ import torch
 from numba import carray, cfunc, njit, types
 
 from . import openmp
+from .batch import Batch
+from .numba_linear import run_linear
 from .numba_math import BLOCK, FAST, NEG_INF, ZERO, inline, max_and_sum, pointer, shift_max_and_sum, take
-from .numba_program import run_linear, run_stack, run_stack_n
-from .program import Batch, Program
+from .numba_program import run_stack, run_stack_n
+from .program import Program
 
 CHUNK = 2 * BLOCK  # tokens a program runs over at a time; 8 KiB a stack slot
 LSE_CHUNK = 16 * BLOCK
@@ -54,18 +56,20 @@ def _lse_task(args, like):
 @inline
 def _fuse_task(args, like):
     (
-        _, logits, stride, item, vocab, n_groups, code_at, n_code, lse_at, n_logits, out_at, out_stride,
-        width, depth, max_at, sum_at,
-    ) = carray(pointer(args, np.int64(0)), (16,))  # fmt: skip
+        _, logits, stride, item, vocab, extra, extra_stride, first_extra, n_groups, code_at, n_code, lse_at,
+        n_lse, out_at, out_stride, width, depth, max_at, sum_at,
+    ) = carray(pointer(args, np.int64(0)), (19,))  # fmt: skip
+    uniform = np.float32(-math.log(vocab))
+    source = (logits, stride, item, extra, extra_stride, first_extra, uniform)
     n_chunks = (vocab + CHUNK - 1) // CHUNK
     code = carray(pointer(code_at, np.int32(0)), 3 * n_groups + 1 + 3 * n_code)
     offset, code = code[: n_groups + 1], code[n_groups + 1 :]
     flags, leader, code = code[:n_groups], code[n_groups : 2 * n_groups], code[2 * n_groups :]
     op, row, weight = code[:n_code], code[n_code : 2 * n_code], code[2 * n_code :].view(np.float32)
-    lse = carray(pointer(lse_at, ZERO), n_logits)
+    lse = carray(pointer(lse_at, ZERO), n_lse)
     part_max = carray(pointer(max_at, ZERO), n_groups * n_chunks)
     part_sum = carray(pointer(sum_at, ZERO), n_groups * n_chunks)
-    slots = np.empty((2 * depth + 1 if depth else 0, CHUNK), np.float32)
+    slots = np.empty((2 * depth + 2 if depth else 0, CHUNK), np.float32)
     while True:
         k = take(args)
         if k >= n_groups * n_chunks:
@@ -74,17 +78,13 @@ def _fuse_task(args, like):
         out = carray(pointer(out_at + (g * out_stride + begin) * 4, ZERO), min(CHUNK, vocab - begin))
         lo, hi = offset[g], offset[g + 1]
         if flags[g] & 1:
-            run_linear(out, logits, stride, item, begin, row[lo:hi], weight[lo:hi], like)
+            run_linear(out, source, begin, row[lo:hi], weight[lo:hi], like)
             part_max[k], part_sum[k] = max_and_sum(out)
         else:
             if flags[g] & 2:
-                run_stack_n(
-                    out, slots, logits, stride, item, begin, op[lo:hi], row[lo:hi], weight[lo:hi], lse, like
-                )
+                run_stack_n(out, slots, source, begin, op[lo:hi], row[lo:hi], weight[lo:hi], lse, like)
             else:
-                run_stack(
-                    out, slots, logits, stride, item, begin, op[lo:hi], row[lo:hi], weight[lo:hi], lse, like
-                )
+                run_stack(out, slots, source, begin, op[lo:hi], row[lo:hi], weight[lo:hi], lse, like)
             part_max[k], part_sum[k] = shift_max_and_sum(out, lse[leader[g]])
         if begin + CHUNK >= vocab:
             padding = carray(pointer(out_at + (g * out_stride + vocab) * 4, ZERO), width - vocab)
@@ -164,7 +164,9 @@ def _tasks(dtype: torch.dtype) -> tuple[Any, Any]:
         if stamp:
             _fuse_task(args, like)
 
-    compiler = functools.partial(cfunc, types.void(types.int64), fastmath=FAST, nopython=True)
+    compiler = functools.partial(
+        cfunc, types.void(types.int64), fastmath=FAST, nopython=True, error_model="numpy"
+    )
     return _on_disk(compiler, lse).ctypes, _on_disk(compiler, fuse).ctypes
 
 
@@ -195,14 +197,20 @@ _LIKE = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float
 
 
 def fuse(
-    logits: torch.Tensor, batch: Batch, vocab_size: int, out: torch.Tensor
+    logits: torch.Tensor,
+    batch: Batch,
+    vocab_size: int,
+    out: torch.Tensor,
+    extra: torch.Tensor | None = None,
+    row_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `marith_kernels.fuse`; `out` is [G, at least vocab_size]. Returns (lse, argmax)."""
+    """See `marith_kernels.fusion.run`; `out` is [G, at least vocab_size]. Returns (lse, argmax)."""
     lse_task, fuse_task = _tasks(logits.dtype)
     merge_rows, merge_groups = _merges()
-    n_groups, n_logits = batch.n_groups, logits.shape[0]
+    n_groups = batch.n_groups
     shape = (logits.data_ptr(), logits.stride(0), logits.element_size(), vocab_size)
-    row_lse = np.zeros(n_logits, np.float32)
+    beside = (0, 0) if extra is None else (extra.data_ptr(), extra.stride(0))
+    lse_of = np.zeros(logits.shape[0], np.float32) if row_lse is None else row_lse.numpy()
     if batch.n_lse_rows:
         rows = batch.lse_row.numpy()
         part = np.empty((2, rows.size, -(-vocab_size // LSE_CHUNK)), np.float32)
@@ -210,13 +218,13 @@ def fuse(
             [0, *shape, rows.ctypes.data, rows.size, part[0].ctypes.data, part[1].ctypes.data], np.int64
         )
         openmp.run(lse_task, args.ctypes.data, parallel=rows.size * vocab_size > SERIAL_BELOW)
-        merge_rows(rows, part[0], part[1], row_lse)
+        merge_rows(rows, part[0], part[1], lse_of)
     part = np.empty((2, n_groups, -(-vocab_size // CHUNK)), np.float32)
     args = np.array(
         [
-            0, *shape, n_groups, batch.code.data_ptr(), batch.op.numel(), row_lse.ctypes.data, n_logits,
-            out.data_ptr(), out.stride(0), out.shape[1], batch.depth, part[0].ctypes.data,
-            part[1].ctypes.data,
+            0, *shape, *beside, batch.first_extra, n_groups, batch.code.data_ptr(), batch.op.numel(),
+            lse_of.ctypes.data, lse_of.size, out.data_ptr(), out.stride(0), out.shape[1], batch.depth,
+            part[0].ctypes.data, part[1].ctypes.data,
         ],
         np.int64,
     )  # fmt: skip

@@ -27,7 +27,7 @@ BLOCK = 1024  # tokens between two looks at the running maximum
 HEADROOM = np.float32(60)
 
 FAST = {"contract", "reassoc"}
-inline = njit(fastmath=FAST, nogil=True)
+inline = njit(fastmath=FAST, nogil=True, error_model="numpy")  # a division by 0 must not end the task
 
 
 @intrinsic
@@ -100,6 +100,31 @@ def exp(x):
     p = p * f + np.float32(5.0000001201e-1)
     p = p * f * f + f + ONE
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@inline
+def times(weight, ban, value):
+    """weight * value; `ban` is what -inf counts as: -inf whatever the weight's sign, 0 under the weight 0."""
+    return ban if value == NEG_INF else weight * value
+
+
+@inline
+def log1p(x):
+    """ln(1 + x) for 0 <= x <= 1 to 1e-7 relative, after Cephes' logf."""
+    high = x > np.float32(0.41421356237309504880)  # then ln(1 + x) = ln 2 + ln(1 + (x - 1) / 2)
+    x = (x - ONE) * np.float32(0.5) if high else x
+    p = np.float32(7.0376836292e-2)
+    p = p * x - np.float32(1.1514610310e-1)
+    p = p * x + np.float32(1.1676998740e-1)
+    p = p * x - np.float32(1.2420140846e-1)
+    p = p * x + np.float32(1.4249322787e-1)
+    p = p * x - np.float32(1.6668057665e-1)
+    p = p * x + np.float32(2.0000714765e-1)
+    p = p * x - np.float32(2.4999993993e-1)
+    p = p * x + np.float32(3.3333331174e-1)
+    square = x * x
+    p = p * x * square - np.float32(0.5) * square + x
+    return p + np.float32(0.69314718055994530942) if high else p
 
 
 @inline

@@ -1,81 +1,34 @@
 """A program over one chunk of the vocabulary, compiled by numba.
 
 `ban` is what weight * -inf counts as: -inf whatever the sign of the weight, and 0 for the weight 0.
-A leaf's address is that of its row in the logits plus the chunk's beginning; `item` is the size of a logit.
+`source` says where rows lie, see `numba_rows`.
 """
 
 from __future__ import annotations
 
-from numba import carray
+import math
 
-from .numba_math import NEG_INF, ONE, ZERO, inline, maximum, pointer, widen
-from .program import ADD, MAX, POP_ADD, POP_MAX, POP_MIN, PUSH, SCALE
+import numpy as np
 
+from .numba_math import NEG_INF, ONE, ZERO, exp, inline, log1p, maximum, times, widen
+from .numba_rows import extra_row, is_extra, logits_row, uniform
+from .program import (
+    ADD,
+    DEBIAS,
+    LOGADD,
+    MAX,
+    MIN,
+    NUMBER,
+    OP_BITS,
+    POP_ADD,
+    POP_GATE,
+    POP_MAX,
+    PUSH,
+    SCALE,
+    WEIGHTLESS,
+)
 
-@inline
-def _times(weight, ban, value):
-    return ban if value == NEG_INF else weight * value
-
-
-@inline
-def _sum_terms(out, x, y, z, a, b, c, n):
-    """out := a * x + b * y + c * z over the first n of the three."""
-    if n == 1:
-        for i in range(out.size):
-            out[i] = _times(a, NEG_INF, widen(x[i]))
-    elif n == 2:
-        for i in range(out.size):
-            out[i] = _times(a, NEG_INF, widen(x[i])) + _times(b, NEG_INF, widen(y[i]))
-    else:
-        for i in range(out.size):
-            out[i] = (
-                _times(a, NEG_INF, widen(x[i]))
-                + _times(b, NEG_INF, widen(y[i]))
-                + _times(c, NEG_INF, widen(z[i]))
-            )
-
-
-@inline
-def _add_terms(out, x, y, z, a, b, c, n):
-    """out := out + a * x + b * y + c * z over the first n of the three."""
-    if n == 1:
-        for i in range(out.size):
-            out[i] += _times(a, NEG_INF, widen(x[i]))
-    elif n == 2:
-        for i in range(out.size):
-            out[i] += _times(a, NEG_INF, widen(x[i])) + _times(b, NEG_INF, widen(y[i]))
-    else:
-        for i in range(out.size):
-            out[i] += (
-                _times(a, NEG_INF, widen(x[i]))
-                + _times(b, NEG_INF, widen(y[i]))
-                + _times(c, NEG_INF, widen(z[i]))
-            )
-
-
-@inline
-def run_linear(out, logits, stride, item, begin, row, weight, like):
-    """out := sum of weight * leaf on raw logits, three rows a pass; the number one comes last if at all."""
-    n = row.size
-    constant = ZERO
-    if row[n - 1] < 0:
-        n -= 1
-        constant = weight[n]
-    for lo in range(0, n, 3):
-        k = min(3, n - lo)
-        mid, hi = lo + min(1, k - 1), lo + k - 1
-        x = carray(pointer(logits + (row[lo] * stride + begin) * item, like), out.size)
-        y = carray(pointer(logits + (row[mid] * stride + begin) * item, like), out.size)
-        z = carray(pointer(logits + (row[hi] * stride + begin) * item, like), out.size)
-        if lo == 0:
-            _sum_terms(out, x, y, z, weight[lo], weight[mid], weight[hi], k)
-        else:
-            _add_terms(out, x, y, z, weight[lo], weight[mid], weight[hi], k)
-    if n == 0:
-        out[:] = constant
-    elif constant != ZERO:
-        for i in range(out.size):
-            out[i] += constant
+LARGEST_EXP = np.float32(88)  # exp of it is finite
 
 
 @inline
@@ -84,16 +37,16 @@ def _leaf(slot, op, x, weight, ban, shift):
     n = slot.size
     if op == PUSH:
         for i in range(n):
-            slot[i] = _times(weight, ban, widen(x[i]) - shift)
+            slot[i] = times(weight, ban, widen(x[i]) - shift)
     elif op == ADD:
         for i in range(n):
-            slot[i] += _times(weight, ban, widen(x[i]) - shift)
+            slot[i] += times(weight, ban, widen(x[i]) - shift)
     elif op == MAX:
         for i in range(n):
-            slot[i] = maximum(slot[i], _times(weight, ban, widen(x[i]) - shift))
+            slot[i] = maximum(slot[i], times(weight, ban, widen(x[i]) - shift))
     else:
         for i in range(n):
-            value = _times(weight, ban, widen(x[i]) - shift)
+            value = times(weight, ban, widen(x[i]) - shift)
             slot[i] = value if value < slot[i] else slot[i]
 
 
@@ -103,18 +56,18 @@ def _pair(slot, op, x, weight_x, ban_x, shift_x, y, weight_y, ban_y, shift_y):
     n = slot.size
     if op == ADD:
         for i in range(n):
-            slot[i] = _times(weight_x, ban_x, widen(x[i]) - shift_x) + _times(
+            slot[i] = times(weight_x, ban_x, widen(x[i]) - shift_x) + times(
                 weight_y, ban_y, widen(y[i]) - shift_y
             )
     elif op == MAX:
         for i in range(n):
             slot[i] = maximum(
-                _times(weight_x, ban_x, widen(x[i]) - shift_x), _times(weight_y, ban_y, widen(y[i]) - shift_y)
+                times(weight_x, ban_x, widen(x[i]) - shift_x), times(weight_y, ban_y, widen(y[i]) - shift_y)
             )
     else:
         for i in range(n):
-            a = _times(weight_x, ban_x, widen(x[i]) - shift_x)
-            b = _times(weight_y, ban_y, widen(y[i]) - shift_y)
+            a = times(weight_x, ban_x, widen(x[i]) - shift_x)
+            b = times(weight_y, ban_y, widen(y[i]) - shift_y)
             slot[i] = b if b < a else a
 
 
@@ -124,37 +77,40 @@ def _pop(slot, op, popped, weight, ban):
     n = slot.size
     if op == POP_ADD:
         for i in range(n):
-            slot[i] += _times(weight, ban, popped[i])
+            slot[i] += times(weight, ban, popped[i])
     elif op == POP_MAX:
         for i in range(n):
-            slot[i] = maximum(slot[i], _times(weight, ban, popped[i]))
+            slot[i] = maximum(slot[i], times(weight, ban, popped[i]))
+    elif op == POP_GATE:
+        for i in range(n):
+            slot[i] = times(weight, ban, popped[i]) if slot[i] >= ZERO else ZERO
     else:
         for i in range(n):
-            value = _times(weight, ban, popped[i])
+            value = times(weight, ban, popped[i])
             slot[i] = value if value < slot[i] else slot[i]
 
 
 @inline
-def _leaf_n(slot, slot_n, op, x, weight, ban, shift):
-    """`_leaf` with the N plane: the winner of a max or min brings its N, which is `weight` for a leaf."""
+def _leaf_n(slot, slot_n, op, x, weight, weight_n, ban, shift):
+    """`_leaf` with the N plane: the winner of a max or min brings its N, `weight_n` for a leaf."""
     n = slot.size
     if op == PUSH:
         for i in range(n):
-            slot[i] = _times(weight, ban, widen(x[i]) - shift)
-            slot_n[i] = weight
+            slot[i] = times(weight, ban, widen(x[i]) - shift)
+            slot_n[i] = weight_n
     elif op == ADD:
         for i in range(n):
-            slot[i] += _times(weight, ban, widen(x[i]) - shift)
-            slot_n[i] += weight
+            slot[i] += times(weight, ban, widen(x[i]) - shift)
+            slot_n[i] += weight_n
     elif op == MAX:
         for i in range(n):
-            value = _times(weight, ban, widen(x[i]) - shift)
-            slot_n[i] = weight if value > slot[i] else slot_n[i]
+            value = times(weight, ban, widen(x[i]) - shift)
+            slot_n[i] = weight_n if value > slot[i] else slot_n[i]
             slot[i] = value if value > slot[i] else slot[i]
     else:
         for i in range(n):
-            value = _times(weight, ban, widen(x[i]) - shift)
-            slot_n[i] = weight if value < slot[i] else slot_n[i]
+            value = times(weight, ban, widen(x[i]) - shift)
+            slot_n[i] = weight_n if value < slot[i] else slot_n[i]
             slot[i] = value if value < slot[i] else slot[i]
 
 
@@ -164,16 +120,20 @@ def _pop_n(slot, slot_n, op, popped, popped_n, weight, ban):
     n = slot.size
     if op == POP_ADD:
         for i in range(n):
-            slot[i] += _times(weight, ban, popped[i])
+            slot[i] += times(weight, ban, popped[i])
             slot_n[i] += weight * popped_n[i]
     elif op == POP_MAX:
         for i in range(n):
-            value = _times(weight, ban, popped[i])
+            value = times(weight, ban, popped[i])
             slot_n[i] = weight * popped_n[i] if value > slot[i] else slot_n[i]
             slot[i] = value if value > slot[i] else slot[i]
+    elif op == POP_GATE:
+        for i in range(n):
+            slot_n[i] = weight * popped_n[i] if slot[i] >= ZERO else ZERO
+            slot[i] = times(weight, ban, popped[i]) if slot[i] >= ZERO else ZERO
     else:
         for i in range(n):
-            value = _times(weight, ban, popped[i])
+            value = times(weight, ban, popped[i])
             slot_n[i] = weight * popped_n[i] if value < slot[i] else slot_n[i]
             slot[i] = value if value < slot[i] else slot[i]
 
@@ -184,33 +144,73 @@ def _ban(weight):
 
 
 @inline
-def run_stack(out, slots, logits, stride, item, begin, op, row, weight, lse, like):
+def _either_leaf(slot, op, source, begin, row, weight, ban, shift, like):
+    if is_extra(source, row):
+        _leaf(slot, op, extra_row(source, begin, row, slot.size), weight, ban, shift)
+    else:
+        _leaf(slot, op, logits_row(source, begin, row, slot.size, like), weight, ban, shift)
+
+
+@inline
+def _blend(slot, op, source, begin, row, weight, shift, log_q, like):
+    """logadd and debias of the slot's energies with a leaf, whose log-probabilities are left in `log_q`."""
+    n = slot.size
+    if row < 0:
+        log_q[:] = uniform(source)
+    else:
+        _either_leaf(log_q, PUSH, source, begin, row, ONE, NEG_INF, shift, like)
+    if op == LOGADD:
+        log_weight = np.float32(math.log(weight))
+        for i in range(n):
+            q = log_q[i] + log_weight
+            high = maximum(slot[i], q)
+            low = min(slot[i], q)
+            slot[i] = high + log1p(exp(low - high)) if high > NEG_INF else high
+    else:
+        for i in range(n):
+            e, q = slot[i], log_q[i]
+            slot[i] = e + weight * (exp(min(e, LARGEST_EXP)) - exp(min(q, LARGEST_EXP))) if e < q else e
+
+
+@inline
+def run_stack(out, slots, source, begin, op, row, weight, lse, like):
     """The program on log-probabilities without the N plane. Slot 0 is `out`, slot k is `slots[k - 1]`."""
     n = out.size
     top = 0
     slot = out
     pc = 0
     while pc < op.size:
-        o, w = op[pc], weight[pc]
+        o, w, r = op[pc] & OP_BITS, weight[pc], row[pc]
+        shift = lse[r] if r >= 0 and op[pc] & WEIGHTLESS == 0 else ZERO
         if o == PUSH and pc > 0:
             top += 1
             slot = slots[top - 1, :n]
-        if o <= PUSH and row[pc] < 0:
-            _number(slot, o, w)
+        if o in (LOGADD, DEBIAS):
+            _blend(slot, o, source, begin, r, w, shift, slots[slots.shape[0] - 1, :n], like)
+        elif o <= PUSH and r < 0:
+            _number(slot, o, w if r == NUMBER else w * uniform(source))
         elif o <= PUSH:
-            x = carray(pointer(logits + (row[pc] * stride + begin) * item, like), n)
             after = pc + 1
-            if o == PUSH and after < op.size and op[after] < PUSH and row[after] >= 0:
-                y = carray(pointer(logits + (row[after] * stride + begin) * item, like), n)
+            if (
+                o == PUSH
+                and not is_extra(source, r)
+                and after < op.size
+                and op[after] & OP_BITS <= MIN
+                and row[after] >= 0
+                and not is_extra(source, row[after])
+            ):
+                x = logits_row(source, begin, r, n, like)
+                y = logits_row(source, begin, row[after], n, like)
                 v = weight[after]
-                _pair(slot, op[after], x, w, _ban(w), lse[row[pc]], y, v, _ban(v), lse[row[after]])
+                shift_y = lse[row[after]] if op[after] & WEIGHTLESS == 0 else ZERO
+                _pair(slot, op[after] & OP_BITS, x, w, _ban(w), shift, y, v, _ban(v), shift_y)
                 pc = after
             else:
-                _leaf(slot, o, x, w, _ban(w), lse[row[pc]])
+                _either_leaf(slot, o, source, begin, r, w, _ban(w), shift, like)
         elif o == SCALE:
             ban = _ban(w)
             for i in range(n):
-                slot[i] = _times(w, ban, slot[i])
+                slot[i] = times(w, ban, slot[i])
         else:
             popped = slot
             top -= 1
@@ -237,39 +237,48 @@ def _number(slot, op, value):
 
 
 @inline
-def run_stack_n(out, slots, logits, stride, item, begin, op, row, weight, lse, like):
+def run_stack_n(out, slots, source, begin, op, row, weight, lse, like):
     """The program with the N plane; out := E / N.
 
-    Rows 0 to depth - 1 of `slots` hold energies, the next `depth` hold weights, and the last one is the
-    number one.
+    Rows 0 to depth - 1 of `slots` hold energies, the next `depth` hold weights, then come the number one and
+    a row of scratch.
     """
     n = out.size
-    depth = slots.shape[0] // 2
-    ones = slots[2 * depth, :n]
+    depth = (slots.shape[0] - 2) // 2
+    ones, scratch = slots[2 * depth, :n], slots[2 * depth + 1, :n]
     ones[:] = ONE
     top = -1
     for pc in range(op.size):
-        o, w = op[pc], weight[pc]
+        o, w, r = op[pc] & OP_BITS, weight[pc], row[pc]
         if o == PUSH:
             top += 1
-        elif o in (POP_ADD, POP_MAX, POP_MIN):
+        elif POP_ADD <= o <= POP_GATE:
             top -= 1
         slot, slot_n = slots[top, :n], slots[depth + top, :n]
+        shift = lse[r] if r >= 0 and op[pc] & WEIGHTLESS == 0 else ZERO
         if o == SCALE:
             ban = _ban(w)
             for i in range(n):
-                slot[i] = _times(w, ban, slot[i])
+                slot[i] = times(w, ban, slot[i])
                 slot_n[i] *= w
         elif o > PUSH:
             _pop_n(slot, slot_n, o, slots[top + 1, :n], slots[depth + top + 1, :n], w, _ban(w))
-        elif row[pc] >= 0:
-            x = carray(pointer(logits + (row[pc] * stride + begin) * item, like), n)
-            _leaf_n(slot, slot_n, o, x, w, _ban(w), lse[row[pc]])
-        elif o == PUSH:
-            slot[:] = w
-            slot_n[:] = w
+        elif o in (LOGADD, DEBIAS):
+            _blend(slot, o, source, begin, r, w, shift, scratch, like)
+        elif r >= 0:
+            w_n = w if op[pc] & WEIGHTLESS == 0 else ZERO
+            if is_extra(source, r):
+                _leaf_n(slot, slot_n, o, extra_row(source, begin, r, n), w, w_n, _ban(w), shift)
+            else:
+                _leaf_n(slot, slot_n, o, logits_row(source, begin, r, n, like), w, w_n, _ban(w), shift)
         else:
-            _pop_n(slot, slot_n, o + POP_ADD, ones, ones, w, _ban(w))
+            scratch[:] = ONE if r == NUMBER else uniform(source)
+            if o == PUSH:
+                for i in range(n):
+                    slot[i] = w * scratch[i]
+                slot_n[:] = w
+            else:
+                _pop_n(slot, slot_n, o + POP_ADD, scratch, ones, w, _ban(w))
     slot, slot_n = slots[0, :n], slots[depth, :n]
     for i in range(n):
         out[i] = slot[i] / slot_n[i]

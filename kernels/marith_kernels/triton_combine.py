@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .program import ADD, MAX, MIN, POP_ADD, POP_MAX, PUSH, SCALE, Batch
+from .batch import Batch
+from .program import ADD, MAX, MIN, POP_ADD, POP_MAX, PUSH, SCALE
 from .triton_blocks import (
     NEG_INF,
     Blocks,
@@ -277,7 +278,7 @@ def combine(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fill `out`, one launch; returns (lse, argmax). `row_lse` may be None for a batch of linear programs."""
     device = logits.device
-    plain = row_lse is None and batch.n_longest <= MAX_TERMS
+    plain = batch.linear and batch.n_longest <= MAX_TERMS
     slots = next(s for s in SLOTS if s >= max(batch.depth, 1))
     block = 2048 if plain else block_size(slots, batch.any_divide)
     blocks = Blocks(batch.n_groups, triton.cdiv(vocab_size, block), device)

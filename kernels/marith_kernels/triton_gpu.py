@@ -12,14 +12,24 @@ from collections.abc import Sequence
 import torch
 
 from . import triton_combine, triton_lse
-from .program import Batch, Program
+from .batch import Batch
+from .program import Program
 
 
 def fuse(
-    logits: torch.Tensor, batch: Batch, vocab_size: int, out: torch.Tensor
+    logits: torch.Tensor,
+    batch: Batch,
+    vocab_size: int,
+    out: torch.Tensor,
+    extra: torch.Tensor | None = None,
+    row_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `marith_kernels.fuse`. Returns (lse, argmax)."""
-    row_lse = triton_lse.lse(logits, batch, vocab_size) if batch.n_lse_rows else None
+    """See `marith_kernels.fusion.run`. Returns (lse, argmax)."""
+    if batch.extended:
+        raise NotImplementedError("The triton backend does not have these instructions yet; torch has them.")
+    if batch.n_lse_rows:
+        row_lse = logits.new_empty(logits.shape[0], dtype=torch.float32) if row_lse is None else row_lse
+        triton_lse.fill(row_lse, logits, batch, vocab_size)
     return triton_combine.combine(logits, row_lse, batch, vocab_size, out)
 
 

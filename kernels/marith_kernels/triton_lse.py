@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .program import Batch
+from .batch import Batch
 from .triton_blocks import (
     Blocks,
     arrives_last,
@@ -56,20 +56,18 @@ def lse_kernel(
         tl.store(lse_ptr + row, log_sum_exp(peak, total))
 
 
-def lse(logits: torch.Tensor, batch: Batch, vocab_size: int) -> torch.Tensor:
-    """float32 [R], filled in at `batch.lse_row` only; 0 for a row of -inf."""
+def fill(row_lse: torch.Tensor, logits: torch.Tensor, batch: Batch, vocab_size: int) -> None:
+    """Fill in row_lse, float32 [>= R], at `batch.lse_row`; 0 for a row of -inf."""
     blocks = Blocks(batch.n_lse_rows, triton.cdiv(vocab_size, BLOCK), logits.device)
-    out = torch.empty(logits.shape[0], device=logits.device)
     lse_kernel[(blocks.n_blocks, batch.n_lse_rows)](
         logits,
         logits.stride(0),
         batch.code,
         batch.code.numel() - batch.n_lse_rows,
-        out,
+        row_lse,
         *blocks.arguments,
         vocab_size,
         BLOCK=BLOCK,
         BLOCKS=triton.next_power_of_2(blocks.n_blocks),
         num_warps=4,
     )
-    return out

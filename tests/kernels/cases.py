@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
+import numpy as np
 import torch
-from marith_kernels import Batch, Fused, Program, fuse
-from marith_kernels.reference import energies, log_sum_exp
+from marith_kernels import Batch, Extra, Fused, Program, fuse
 
-TOLERANCE = 2e-6
+from . import definition
+from .definition import TOLERANCE
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # around the chunks of the CPU backend and the blocks of the GPU backend, and GPT-2's
 VOCAB_SIZES = (1, 2, 17, 255, 1000, 1024, 2047, 2048, 2049, 5003, 8192, 16385, 50257)
@@ -56,91 +57,88 @@ class Case:
         return Batch.build(self.programs, rows, device)
 
 
-class Magnitude(NamedTuple):
-    """How large the numbers were that a token's energy was summed from.
+@dataclass(frozen=True)
+class ExtendedCase(Case):
+    """One whose terms are logits rows and extra rows in turn, and whose weightless terms are energies."""
 
-    An energy may come out of cancellation, 1000 a - 999.9 b, and no float32 result can then be better than
-    rounding errors of the *contributions*. So errors are measured against those: |w| (|x| + |lse| + 1) for a
-    leaf (the logarithm of a sum has an absolute error, hence the 1), added up in sums, the larger one in max
-    and min.
-    """
+    def extra(self) -> Extra:
+        """One row for every term of every program; distributions carry a log-sum-exp that belongs to them."""
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        weightless = [t in p.weightless for p in self.programs for t in range(p.n_terms)] or [False]
+        wide = torch.randn(len(weightless), self.vocab_size + self.gap + 5, generator=generator)
+        wide[:, self.vocab_size :] = 1e4
+        rows = wide[:, : self.vocab_size + self.gap]
+        lse = torch.zeros(len(weightless))
+        for s, energy in enumerate(weightless):
+            row = rows[s, : self.vocab_size]
+            if energy:  # of a gate, of what is plausible, or of a classifier
+                values = torch.tensor([0.0, -1.0, -math.inf if s % 2 else 0.5])
+                row[::2] = values[torch.randint(3, row[::2].shape, generator=generator)]
+                continue
+            row *= self.scale
+            row[torch.rand(row.shape, generator=generator) < self.masked] = -math.inf
+            lse[s] = definition.log_sum_exp(row.double().numpy())
+        return Extra(rows, lse)
 
-    size: torch.Tensor  # float64 [V]
-    decided: torch.Tensor  # bool [V] false where rounding decides who wins and so which N counts
-
-
-def magnitude(program: Program, raw: torch.Tensor, lse: torch.Tensor) -> Magnitude:
-    """raw float64 [n_terms, V], lse float64 [n_terms]; zeros if the program is linear."""
-    raw = raw.clamp_min(-1e30)
-    one = torch.ones_like(raw[0])
-    decided = torch.ones_like(raw[0], dtype=torch.bool)
-    stack: list[tuple[torch.Tensor, ...]] = []  # E, N, size of E, size of N
-    for op, term, w in program.instructions:
-        if op == "scale" or op.startswith("pop"):
-            e, n, size_e, size_n = stack.pop()
-        elif term < 0:
-            e, n, size_e, size_n = one, one, one, one
-        else:
-            e, n, size_n = raw[term] - lse[term], one, one
-            size_e = raw[term].abs() + lse[term].abs() + (0 if program.linear else 1)
-        operand = (w * e, w * n, abs(w) * size_e, abs(w) * size_n)
-        if op in ("push", "scale"):
-            stack.append(operand)
-            continue
-        top = stack.pop()
-        if op.endswith("add"):
-            stack.append(tuple(a + b for a, b in zip(top, operand, strict=True)))
-            continue
-        wins = operand[0] > top[0] if op.endswith("max") else operand[0] < top[0]
-        e, n = (torch.where(wins, operand[i], top[i]) for i in (0, 1))
-        size_e, size_n = (torch.maximum(operand[i], top[i]) for i in (2, 3))
-        decided &= ((operand[0] - top[0]).abs() > 2 * TOLERANCE * size_e) | (operand[1] == top[1])
-        stack.append((e, n, size_e, size_n))
-    e, n, size_e, size_n = stack[0]
-    if program.divide:
-        size_e = size_e / n.abs() + e.abs() * size_n / n**2
-    if not program.linear:
-        size_e = size_e + lse[0].abs()
-    return Magnitude(size_e, decided)
+    def batch(self, device: str = "cpu") -> Batch:
+        first_extra = sum(p.n_terms or 1 for p in self.programs) + 1
+        rows, s = [], 0
+        for program, of_logits in zip(self.programs, super().batch().rows, strict=True):
+            mixed = list(of_logits)
+            for t in range(program.n_terms):
+                if t in program.weightless or (self.seed + s) % 2:
+                    mixed[t] = first_extra + s
+                s += 1
+            rows.append(mixed)
+        return Batch.build(self.programs, rows, device, first_extra=first_extra)
 
 
-def check(case: Case, fused: Fused, logits: torch.Tensor, batch: Batch) -> None:
-    """Hold a backend's answer to the float64 reference."""
-    want = energies(logits, batch, case.vocab_size)
-    raw = logits[:, : case.vocab_size].double()
-    lse = log_sum_exp(raw)
+def check(
+    case: Case,
+    fused: Fused,
+    logits: torch.Tensor,
+    batch: Batch,
+    extra: Extra | None = None,
+) -> None:
+    """Hold a backend's answer to the definition."""
+    vocab_size = case.vocab_size
+    raw = logits[:, :vocab_size].double().numpy(force=True)
+    lse = np.array([definition.log_sum_exp(row) for row in raw])
+    if extra is not None:
+        beside = extra.logits[:, :vocab_size].double().numpy(force=True)
+        raw = np.concatenate([raw[: batch.first_extra], beside])
+        lse = np.concatenate([lse[: batch.first_extra], extra.lse.double().numpy(force=True)])
     assert fused.logits.dtype == fused.lse.dtype == torch.float32
     assert fused.argmax.dtype == torch.int64
     got = fused.logits.double()
-    assert torch.all(got[:, case.vocab_size :] == -math.inf), "padding is not -inf"
-    got = got[:, : case.vocab_size]
+    assert torch.all(got[:, vocab_size:] == -math.inf), "padding is not -inf"
+    got = got[:, :vocab_size]
     for g, program in enumerate(case.programs):
         rows = list(batch.rows[g])
-        size, decided = magnitude(program, raw[rows], torch.zeros(len(rows)) if program.linear else lse[rows])
+        want, _, size, _, decided = definition.run(program, raw[rows], lse[rows])
+        row = got[g].numpy(force=True)
         what = f"group {g}, {program}"
-        assert not got[g].isnan().any(), f"{what}: NaN"
-        assert torch.equal(got[g] == -math.inf, want[g] == -math.inf), f"{what}: other tokens are banned"
-        banned = want[g] == -math.inf
-        error = torch.where(banned, 0.0, (got[g] - want[g]).abs()) / size.clamp_min(1e-30)
-        error = torch.where(decided, error, 0.0)
+        assert not np.isnan(row).any(), f"{what}: NaN"
+        banned = want == -math.inf
+        assert np.array_equal((row == -math.inf)[decided], banned[decided]), (
+            f"{what}: other tokens are banned"
+        )
+        compared = decided & ~banned
+        error = np.where(compared, abs(np.where(compared, row, 0) - np.where(compared, want, 0)), 0.0)
+        error /= np.maximum(size, 1e-30)
         at = int(error.argmax())
         assert error[at] < TOLERANCE, (
-            f"{what}: token {at} is {got[g, at]:.9g}, should be {want[g, at]:.9g}, error {error[at]:.1e}"
+            f"{what}: token {at} is {row[at]:.9g}, should be {want[at]:.9g}, error {error[at]:.1e}"
         )
-        if banned.all():
+        if (row == -math.inf).all():
             assert fused.lse[g] == 0
             assert fused.argmax[g] == 0
             continue
         best = int(fused.argmax[g])
-        assert best == int(got[g].numpy(force=True).argmax()), (
-            f"{what}: argmax {best} is not the first largest"
-        )
+        assert best == int(row.argmax()), f"{what}: argmax {best} is not the first largest"
         # the row statistics are those of the row that was returned
-        mass = (got[g] - got[g].max()).exp()
-        own = got[g].max() + mass.sum().log()
-        assert abs(fused.lse[g] - own) <= TOLERANCE * (1 + own.abs()), (
-            f"{what}: lse {fused.lse[g]}, not {own}"
-        )
+        own = definition.log_sum_exp(row)
+        assert abs(fused.lse[g] - own) <= TOLERANCE * (1 + abs(own)), f"{what}: lse {fused.lse[g]}, not {own}"
 
 
 def check_ties(backend: str) -> None:

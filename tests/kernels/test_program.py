@@ -20,7 +20,12 @@ def test_what_a_program_says_of_itself():
         ([("push", 0, 1.0), ("pop_max", -1, 1.0)], "pop_max needs 2 stack slots and finds 1"),
         ([("push", 0, 1.0), ("push", 1, 1.0)], "must leave one stack slot, this one leaves 2"),
         ([("push", 0, 1.0), ("sub", 1, 1.0)], "unknown operation 'sub'; known are add"),
-        ([("push", -2, 1.0)], "leaf -2 is neither a term"),
+        ([("push", -3, 1.0)], "leaf -3 is neither a term"),
+        ([("push", 0, 1.0), ("logadd", 1, 0.0)], "weight of a logadd is positive, not 0"),
+        ([("push", 0, 1.0), ("debias", 1, -1.0)], "weight of a debias is not negative, as -1 is"),
+        ([("push", 0, 1.0), ("logadd", -1, 1.0)], "logadd reads a distribution, not the number one"),
+        ([("push", 0, 1.0), ("debias", -1, 1.0)], "debias reads a distribution, not the number one"),
+        ([("push", 0, 1.0), ("pop_gate", -1, 1.0)], "pop_gate needs 2 stack slots and finds 1"),
         ([("push", 0, float("nan"))], "weight nan is not a finite"),
         ([("push", 0, 1e39)], "not a finite float32"),
         ([("push", 0, 1e-46)], "too small for float32"),
@@ -34,6 +39,27 @@ def test_what_a_program_says_of_itself():
 def test_refused_programs(instructions, message):
     with pytest.raises(ValueError, match=message):
         Program(instructions)
+
+
+def test_what_is_linear():
+    assert Program([("push", 0, 1.0), ("add", -2, 1.0)], weightless=(0,)).linear
+    for step in (("max", -2, 1.0), ("logadd", 1, 1.0), ("debias", 1, 0.0)):
+        assert not Program([("push", 0, 1.0), step]).linear
+    assert not Program([("push", 0, 1.0), ("push", 1, 1.0), ("pop_gate", -1, 1.0)]).linear
+
+
+def test_weightless_leaves_have_no_weight():
+    divided = Program([("push", 0, 2.0), ("add", 1, 5.0)], divide=True, weightless=(1,))
+    assert divided.encoded[2].view("float32").tolist() == [1.0, 2.5]
+    assert repr(divided) == "Program(push 0 2; add 1 5; divide; weightless 1)"
+    with pytest.raises(ValueError, match=r"Only terms .* can be weightless, not leaf -2"):
+        Program([("push", 0, 1.0)], weightless=(-2,))
+
+
+def test_programs_of_the_same_instructions_are_equal():
+    assert Program(UNION.instructions) == UNION
+    assert len({UNION, Program(UNION.instructions), Program(UNION.instructions, weightless=(1,))}) == 2
+    assert UNION.instructions != UNION
 
 
 def test_a_linear_program_divides_at_once():
