@@ -74,7 +74,7 @@ def test_greedy_equals_huggingface(name: str, tiny_model: Any, monkeypatch: pyte
         assert type(scheduler).__name__ == ("AsyncGroupScheduler" if case.asynchronous else "GroupScheduler")
         answers = exactness.generate(llm, jobs, asked, by_priority="scheduling_policy" in case.options)
         engines.assert_all_returned(llm)
-        preemptions = scheduler.num_group_preemptions
+        preemptions = scheduler.figures.preempted
 
     assert (preemptions > 0) == case.preempts
     exactness.assert_greedy(jobs, answers, expected(str(tiny_model), case.preempts))

@@ -475,9 +475,9 @@ def test_abort_while_a_grammar_is_compiled(llm: Any, tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("steps", [(1,), (2, 3, 8), (4, 5, 6, 7)])
 def test_reset_of_the_prefix_cache_in_flight(llm: Any, tiny_model: Path, steps: tuple[int, ...]) -> None:
-    before = engines.scheduler(llm).num_group_preemptions
+    before = engines.scheduler(llm).figures.preempted
     found = run(llm, {}, reset=steps)
-    assert engines.scheduler(llm).num_group_preemptions > before
+    assert engines.scheduler(llm).figures.preempted > before
     assert len(found) == 2 * len(ABORTED)
     assert_served(tiny_model, found)
 

@@ -354,10 +354,10 @@ def test_seeds(llm: Any, model: Path, request: pytest.FixtureRequest) -> None:
     ]
     asked = [dict(temperature=0.9, seed=20 + i, max_tokens=40, ignore_eos=True) for i in range(len(jobs))]
     params = [params_of(job, **ask) for job, ask in zip(jobs, asked, strict=True)]
-    before = engines.scheduler(llm).num_group_preemptions
+    before = engines.scheduler(llm).figures.preempted
     together = llm.generate([job.text for job in jobs], params, use_tqdm=False)
     is_cramped = request.node.callspec.params["engine"] == "cramped"
-    assert (engines.scheduler(llm).num_group_preemptions > before) == is_cramped
+    assert (engines.scheduler(llm).figures.preempted > before) == is_cramped
     for i, (job, output) in enumerate(zip(jobs, together, strict=True)):
         found = list(output.outputs[0].token_ids)
         assert found == expected_tokens(model, job, evaluated(job), Sampler(params[i]), 40)

@@ -146,7 +146,7 @@ def drive(engine: FakeEngine, traffic: list[tuple[str, Any]]) -> None:
     COUNTS["members"] += sum(len(p.job.members) for p in engine.jobs.values())
     COUNTS["steps"] += len(engine.steps)
     COUNTS["joint"] += engine.worker.num_joint_steps
-    COUNTS["preemptions"] += engine.scheduler.num_group_preemptions
+    COUNTS["preemptions"] += engine.scheduler.figures.preempted
     COUNTS["idle"] = max(COUNTS["idle"], engine.most_idle)
 
 

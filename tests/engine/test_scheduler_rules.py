@@ -137,7 +137,7 @@ def test_groups_may_fill_the_pool(tiny_model: Any, num_groups: int, asynchronous
         engine.add(group(8, 8, max_tokens=49))
     engine.drain()
     assert {len(progress.tokens) for progress in engine.jobs.values()} == {49}
-    assert engine.scheduler.num_group_preemptions == 0
+    assert engine.scheduler.figures.preempted == 0
 
 
 @pytest.mark.parametrize("by_priority", [False, True])
@@ -177,7 +177,7 @@ def test_members_of_one_token_make_nobody_else_give_way(tiny_model: Any) -> None
             engine.step()
         engine.add(group(1, 1, 1))
         engine.drain()
-        preemptions.append(engine.scheduler.num_group_preemptions)
+        preemptions.append(engine.scheduler.figures.preempted)
     assert max(preemptions) == 1
 
 

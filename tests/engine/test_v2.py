@@ -52,7 +52,7 @@ def facts(llm: Any) -> dict[str, Any]:
     return {
         "runner": "v2" if hasattr(runner, "model_state") else "v1",
         "scheduler": type(scheduler).__name__,
-        "preemptions": getattr(scheduler, "num_group_preemptions", 0),
+        "preemptions": scheduler.figures.preempted if hasattr(scheduler, "figures") else 0,
         "state": type(getattr(runner, "model_state", None)).__name__,
         "before_the_head": hasattr(runner, "model_state")
         and getattr(runner.model_state, "groups", None) is not None

@@ -244,7 +244,7 @@ def test_the_worker_extension_installs_the_hooks_and_gives_the_operators_class(
     assert extension.name_over(ours) == ours
     assert extension.name_over(over) == over
     assert not installed
-    assert look_up(ours) is extension.NoExtension
+    assert look_up(ours) is extension.FormulaWorker
     assert look_up(over) is look_up("collections.abc.Mapping")
     assert installed == [True, True]
     with pytest.raises(AttributeError, match="Formulas"):

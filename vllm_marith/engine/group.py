@@ -17,6 +17,12 @@ from typing import Any
 KEY = "marith"
 """The entry of ``SamplingParams.extra_args`` (and of a request's ``vllm_xargs``) that is ours."""
 
+FIGURES = "marith_figures"
+"""The ``collective_rpc`` method that asks engine core and workers for their figures."""
+
+OWN_FORMULA = "custom"
+"""Label of the figures of every formula that is not a preset."""
+
 Instruction = tuple[str, int, float]
 """``(op, member, weight)``, see `vllm_marith.plan`; member -1 is the number one."""
 
@@ -30,11 +36,13 @@ class GroupSpec:
             the request's own, so a group of one member has no prompts here.
         instructions: the formula's program over member indices.
         divide: whether the energy is divided by a weight that differs by token.
+        label: under which the core's figures count this request: the preset's name.
     """
 
     prompts: list[list[int]]
     instructions: list[Instruction]
     divide: bool
+    label: str = OWN_FORMULA
 
     @property
     def size(self) -> int:
@@ -45,7 +53,7 @@ class GroupSpec:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> GroupSpec:
-        return cls(wire["prompts"], _instructions(wire["instructions"]), wire["divide"])
+        return cls(wire["prompts"], _instructions(wire["instructions"]), wire["divide"], wire["label"])
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,55 @@ LEDGER: tuple[Entry, ...] = (
         "a request-expansion hook for plugins",
         ("self", "request_id", "prompt", "params"),
     ),
+    Entry(
+        "vllm.plugins:load_endpoint_plugins",
+        "our routes are an endpoint plugin, which vLLM loads only where VLLM_PLUGINS names it",
+        "wraps",
+        "endpoint plugins that another option can switch on",
+        ("supported_tasks",),
+    ),
+    Entry(
+        "vllm.entrypoints.serve.engine.serving:BaseServing._check_model",
+        "a preset's name in `model` stands for the base model and the preset's formula",
+        "wraps",
+        "a public hook between a request and its model's name",
+        ("self", "request"),
+    ),
+    Entry(
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels.model_name",
+        "the answer carries the name that the client used",
+        "wraps",
+        "responses that repeat the request's model",
+        ("self", "lora_request"),
+    ),
+    Entry(
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels",
+        "the served names, beside which presets are listed, and the renderer that knows the presets",
+        "reads",
+        "a public hook between a request and its model's name",
+        attributes=("base_model_paths", "lora_requests", "renderer", "model_config", "show_available_models"),
+    ),
+    Entry(
+        "vllm.v1.engine.core:EngineCore",
+        "the scheduler that has the figures",
+        "reads",
+        "SchedulerStats with a field for plugins",
+        attributes=("scheduler",),
+    ),
+    Entry(
+        "vllm.v1.engine.core:EngineCore.collective_rpc",
+        "frontends ask for the figures of the scheduler, which no remote call reaches",
+        "wraps",
+        "SchedulerStats with a field for plugins",
+        ("self", "method", "timeout", "args", "kwargs"),
+    ),
+    Entry(
+        "vllm.v1.engine.core_client:AsyncMPClient.call_utility_all_async",
+        "every engine is asked for its figures, where there are several",
+        "reads",
+        "EngineClient.collective_rpc answering for all engines",
+        ("self", "method"),
+    ),
     *(
         Entry(f"{_SCHEDULER}.{name}", why, "overrides", _SCHEDULER_API, parameters)
         for name, why, parameters in (

@@ -7,7 +7,8 @@ installed behaves like one without it.
 
 What is switched on where:
 
-- frontend: `enable` wraps the renderers and the input processor (see `frontend`);
+- frontend: `enable` wraps the renderers and the input processor (see `frontend`), and in a server adds
+  presets as models, routes and metrics (see `vllm_marith.serving`);
 - engine core: the scheduler class is the one that `enable` wrote into the configuration (`core`);
 - worker: vLLM constructs `FormulaLogitsProcessor` there, which wraps the V1 model runner; for V2, the
   worker extension that `enable` wrote into the configuration acts before the model is loaded (`worker`).
@@ -52,6 +53,8 @@ def register() -> None:
                 self.logits_processors = [PROCESSOR if p in named else p for p in processors]
                 config = create_engine_config(self, *args, **kwargs)
                 enable(config)
+                if _is_server(args, kwargs):
+                    _enable_serving(config, self.served_model_name or [self.model])
             except UnsupportedError as error:
                 if _is_server(args, kwargs):
                     # One sentence for the operator; a traceback of vLLM's start says nothing more.
@@ -91,6 +94,25 @@ def enable(config: VllmConfig) -> None:
     parallel = config.parallel_config
     parallel.worker_extension_cls = extension.name_over(parallel.worker_extension_cls)
     hooks.install()
+
+
+def _enable_serving(config: VllmConfig, served: str | list[str]) -> None:
+    """Presets as models, routes and metrics of an API server.
+
+    Raises:
+        UnsupportedError: a preset has the name of a served model.
+    """
+    from vllm_marith.serving import plugin as serving
+
+    from .settings import Settings
+
+    try:
+        serving.check_names(
+            Settings.of(config).load_presets(), [served] if isinstance(served, str) else served
+        )
+    except ValueError as error:
+        raise UnsupportedError(str(error)) from None
+    serving.install(config)
 
 
 _CORE = "vllm_marith.engine.core.scheduler."

@@ -1,0 +1,1 @@
+"""What a server adds to the engine: presets as models, routes, metrics, the page."""

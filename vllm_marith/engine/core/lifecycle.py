@@ -15,8 +15,10 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from ..group import KEY, GroupSpec
+from . import figures
 from .backlog import Backlog
 from .blocks import BlockAccount
+from .figures import CoreFigures
 from .group_state import Group, build_group
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class GroupLifecycle(_Base):
         self._ended: dict[str, Group] = {}  # groups a member of which ended in this update
         self._expired: list[str] = []  # followers that ended in this update
         self._errors: list[tuple[int, EngineCoreOutput]] = []
+        self.figures = CoreFigures()
+        figures.install()
 
     # ------------------------------------------------------------------ intake
 
@@ -64,6 +68,7 @@ class GroupLifecycle(_Base):
             return
 
         spec = GroupSpec.from_wire(wire)
+        self.figures.arrive(request.request_id, spec.size, spec.label)
         if spec.size == 1:  # nothing to keep together
             build_group(request, spec, request.max_tokens)
             super().add_request(request)
@@ -91,6 +96,11 @@ class GroupLifecycle(_Base):
         """(running, waiting), wherever a request waits."""
         return len(self.running), len(self.requests) - len(self.running)
 
+    def take_figures(self) -> dict[str, Any]:
+        """The counts since the last call, and how many groups run and wait now."""
+        running = len(self._released)
+        return {"running": running, "waiting": len(self.groups) - running, **self.figures.drain()}
+
     # --------------------------------------------------------------------- end
 
     def update_from_output(
@@ -104,6 +114,7 @@ class GroupLifecycle(_Base):
             if group.leader.is_finished():
                 self._finish_followers(group)
             else:
+                self.figures.torn += 1
                 self._fail(group.leader, "a follower ended before its leader")
         self._ended.clear()
         for client in outputs.values():
@@ -120,6 +131,7 @@ class GroupLifecycle(_Base):
         if group is not None:
             self._ended[group.name] = group
         self.backlog.forget(request.request_id)
+        self.figures.end(request.request_id, request.num_output_tokens)
         freed = super()._free_request(request, delay_free_blocks)
         if self.finished_req_ids_dict is not None and request.request_id in self._followers:
             self.finished_req_ids_dict[request.client_index].discard(request.request_id)

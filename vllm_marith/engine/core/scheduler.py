@@ -47,7 +47,6 @@ class GroupMixin(GroupLifecycle):
         super().__init__(*args, **kwargs)
         # A joint step needs a token for every row; only an explicit option makes vLLM's limit smaller.
         self.max_num_active_reqs = min(self.max_num_active_reqs, self.max_num_scheduled_tokens)
-        self.num_group_preemptions = 0
         self._num_late = 0  # members of one token that enter with this step
         self._prefill_allowance: int | None = None  # tokens that this step leaves for prefills
 
@@ -220,8 +219,11 @@ class GroupMixin(GroupLifecycle):
         """
         is_scheduled = output.num_scheduled_tokens.__contains__
         joint = [(g, sum(map(is_scheduled, g.ids))) for g in self._released.values() if g.joint]
+        if rows := sum(present for _, present in joint):
+            self.figures.fused_rows[rows] += 1
         for group, present in joint:
             if present not in (0, len(group.ids)):
+                self.figures.torn += 1
                 self._fail(group.leader, f"{present} of {len(group.ids)} members were scheduled")
         for group in list(self._torn.values()):
             if group.name in self._released:
@@ -277,7 +279,7 @@ class GroupMixin(GroupLifecycle):
         return len(adapters) <= self.lora_config.max_loras
 
     def _preempt_group(self, group: Group, drop_stale_output: bool = False) -> None:
-        self.num_group_preemptions += 1
+        self.figures.preempted += 1
         del self._released[group.name]
         self._gathering.pop(group.name, None)
         group.released = False

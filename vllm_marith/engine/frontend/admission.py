@@ -6,18 +6,19 @@ hears of the request: what the engine core receives is known to parse, to render
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import json
+from collections.abc import Callable, MutableMapping
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 
-from vllm_marith.language import Formula, FormulaError, Term, parse_request
+from vllm_marith.language import Formula, FormulaError, Limits, Presets, Term, parse_request
 from vllm_marith.plan import Plan, lower
 
-from ..group import KEY, GroupSpec
+from ..group import KEY, OWN_FORMULA, GroupSpec
 from ..settings import Settings
 from .source import SOURCE
 
@@ -37,8 +38,16 @@ class Admission:
         self.config = renderer.config
         settings = Settings.of(self.config)
         self.limits = settings.limits
-        self.presets = settings.load_presets()
-        self._compile = lru_cache(maxsize=1024)(self._compile_uncached)
+        self._compiler = _Compiler(settings.load_presets(), settings.limits)
+
+    @property
+    def presets(self) -> Presets:
+        """The presets in force."""
+        return self._compiler.presets
+
+    def use(self, presets: Presets) -> None:
+        """Puts other presets in force, all at once; requests that were admitted keep their formula."""
+        self._compiler = _Compiler(presets, self.limits)
 
     def admit(self, engine_input: MutableMapping[str, Any], value: Any, max_tokens: int | None) -> Admitted:
         """The leader's prompt and the group of a rendered request.
@@ -62,9 +71,9 @@ class Admission:
 
     def _admit(self, engine_input: MutableMapping[str, Any], value: Any, max_tokens: int | None) -> Admitted:
         try:
-            formula, plan = self._compile(value) if isinstance(value, str) else self._compile_uncached(value)
+            formula, plan, label = self._compiler(value)
         except FormulaError as error:
-            refuse(str(error))
+            refuse(str(error), "formula")
         if engine_input.get("type") != "token":
             refuse("formulas take text or token ids: no images, audio or prompt embeddings")
 
@@ -76,18 +85,7 @@ class Admission:
             (op, member_of[term] if term >= 0 else term, weight) for op, term, weight in plan.instructions
         ]
         self._check_size([len(ids) for ids in members], max_tokens)
-        return leader, GroupSpec(followers, instructions, plan.divide)
-
-    def _compile_uncached(self, value: Any) -> tuple[Formula, Plan]:
-        formula = parse_request(value, presets=self.presets, limits=self.limits)
-        for name, term in formula.terms.items():
-            for what in ("model", "adapter", "classifier"):
-                if getattr(term, what) is not None:
-                    raise FormulaError(
-                        f"term '{name}' has its own {what}, which this version cannot serve yet: "
-                        "terms may differ in system and prompt"
-                    )
-        return formula, lower(formula)
+        return leader, GroupSpec(followers, instructions, plan.divide, label)
 
     def _render(self, engine_input: MutableMapping[str, Any], name: str, term: Term) -> list[int]:
         if term.system is None and term.prompt is None:
@@ -108,20 +106,27 @@ class Admission:
         config = self.config
         rows = config.scheduler_config.max_num_seqs
         if len(lengths) > rows:
-            refuse(f"the formula has {len(lengths)} different terms; this server runs {rows} rows at most")
+            refuse(
+                f"the formula has {len(lengths)} different terms; this server runs {rows} rows at most",
+                "size",
+            )
         context = config.model_config.max_model_len
         if max(lengths) >= context:
-            refuse(f"the longest term's prompt has {max(lengths)} tokens; the model's context is {context}")
+            refuse(
+                f"the longest term's prompt has {max(lengths)} tokens; the model's context is {context}",
+                "size",
+            )
         total, limit = sum(lengths), self.limits.max_prompt_tokens
         if limit is not None and total > limit:
-            refuse(f"the terms' prompts have {total} tokens together; this server accepts {limit}")
+            refuse(f"the terms' prompts have {total} tokens together; this server accepts {limit}", "size")
         room = self.room(lengths)
         wanted = 1 if max_tokens is None else min(max_tokens, context - max(lengths))
         if room is not None and room < wanted:
             fit = f"at most {room}" if room > 0 else "none"
             refuse(
                 f"the {len(lengths)} terms' prompts of {total} tokens and max_tokens = {wanted} for each do "
-                f"not fit the KV cache together; there is room for {fit}"
+                f"not fit the KV cache together; there is room for {fit}",
+                "size",
             )
 
     def room(self, lengths: list[int]) -> int | None:
@@ -179,6 +184,36 @@ def admission_of(renderer: Any) -> Admission:
     return found
 
 
+class _Compiler:
+    """Formulas with one set of presets: a request's text -> (formula, plan, label of its figures)."""
+
+    def __init__(self, presets: Presets, limits: Limits) -> None:
+        self.presets = presets
+        self.limits = limits
+        self._remembered = lru_cache(maxsize=1024)(self._compile)
+
+    def __call__(self, value: Any) -> tuple[Formula, Plan, str]:
+        """Raises `FormulaError`."""
+        return self._remembered(value) if isinstance(value, str) else self._compile(value)
+
+    def _compile(self, value: Any) -> tuple[Formula, Plan, str]:
+        formula = parse_request(value, presets=self.presets, limits=self.limits)
+        for name, term in formula.terms.items():
+            for what in ("model", "adapter", "classifier"):
+                if getattr(term, what) is not None:
+                    raise FormulaError(
+                        f"term '{name}' has its own {what}, which this version cannot serve yet: "
+                        "terms may differ in system and prompt"
+                    )
+        return formula, lower(formula), self._label(value)
+
+    def _label(self, value: str) -> str:
+        """The preset's name where the formula is one preset: labels of metrics must be few."""
+        text = json.loads(value)["formula"] if value.lstrip().startswith("{") else value
+        name = text.strip(" \t\r\n()")
+        return name if name in self.presets.formulas else OWN_FORMULA
+
+
 class RefusedError(VLLMValidationError):
     """What vLLM turns into HTTP 400; its text is the sentence and nothing else."""
 
@@ -190,6 +225,15 @@ class RefusedError(VLLMValidationError):
         return str(self.args[0])
 
 
-def refuse(sentence: str) -> NoReturn:
+Reason = Literal["formula", "size", "unsupported"]
+"""What is wrong: the formula itself, its size, or something beside it that formulas do not go with."""
+
+on_refusal: list[Callable[[Reason], None]] = []
+"""Called with the reason of every refusal; for metrics."""
+
+
+def refuse(sentence: str, reason: Reason = "unsupported") -> NoReturn:
     """Raises `RefusedError`."""
+    for listener in on_refusal:
+        listener(reason)
     raise RefusedError(sentence)

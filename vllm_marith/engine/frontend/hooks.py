@@ -12,6 +12,7 @@ from .. import patches
 from ..group import KEY
 from ..plugin import PROCESSOR
 from .admission import admission_of, refuse
+from .cost import COST
 from .source import SOURCE, Chat, Completion
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
@@ -99,9 +100,11 @@ def _admit_before_response(preprocess: Any) -> Any:
         admission = admission_of(self.renderer)
         for engine_input in engine_inputs:
             # Rendering many terms takes a while; the event loop serves the others meanwhile.
-            await asyncio.get_running_loop().run_in_executor(
+            leader, spec = await asyncio.get_running_loop().run_in_executor(
                 self.renderer._executor, admission.admit, engine_input, value, max_tokens
             )
+            if (cost := COST.get()) is not None:
+                cost.add([len(leader), *map(len, spec.prompts)])
         return rendered
 
     return admitting

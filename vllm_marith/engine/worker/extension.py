@@ -4,19 +4,28 @@ The logits processors that ``--logits-processor`` names are made after the model
 late.  The class named by ``--worker-extension-cls`` is looked up earlier: when a worker process has
 loaded its plugins and before it makes its worker.  `plugin.enable` therefore names an attribute of this
 module there, and looking it up is what installs the hooks.  An operator's own extension is kept: its
-name becomes a part of the attribute's.
+name becomes a part of the attribute's, and its class a base of ours.
+
+The class also does what extensions are for: its methods answer ``collective_rpc``.
 """
 
 from __future__ import annotations
 
+import functools
 from importlib import import_module
 from typing import Any
+
+from .figures import FIGURES
 
 _PREFIX = "FormulaWorker"
 
 
-class NoExtension:
-    """Adds nothing to vLLM's worker class."""
+class FormulaWorker:
+    """What formulas add to vLLM's worker class."""
+
+    def marith_figures(self) -> dict[str, float]:
+        """What this worker counted since the last call."""
+        return FIGURES.drain()
 
 
 def name_over(theirs: str) -> str:
@@ -37,6 +46,12 @@ def __getattr__(name: str) -> Any:
 
     runner_v2.install()
     if not theirs:
-        return NoExtension
+        return FormulaWorker
     module, _, attribute = theirs.replace(":", ".").rpartition(".")
-    return getattr(import_module(module), attribute)
+    return _over(getattr(import_module(module), attribute))
+
+
+@functools.cache
+def _over(theirs: type) -> type:
+    """vLLM compares extension classes by identity, so there is one for each of theirs."""
+    return type(_PREFIX, (FormulaWorker, theirs), {"__module__": __name__})

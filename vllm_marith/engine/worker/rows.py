@@ -17,6 +17,7 @@ import torch
 
 from .. import patches
 from ..group import KEY, Instruction, MemberTag
+from .figures import FIGURES
 from .head import Head, HeadPlan, combinable
 
 
@@ -53,10 +54,11 @@ class RowPlan:
         """float32 logits in which each leader's row holds its formula's distribution."""
         if not self.batch.n_groups:
             return logits
-        fused = marith_kernels.fuse(logits, self.batch).logits
-        # Sampling works in float32 anyway; rows of plain requests keep their values.
-        logits = logits.float()
-        return logits.index_copy_(0, self.leaders, fused)
+        with FIGURES.fusing():
+            fused = marith_kernels.fuse(logits, self.batch).logits
+            # Sampling works in float32 anyway; rows of plain requests keep their values.
+            logits = logits.float()
+            return logits.index_copy_(0, self.leaders, fused)
 
     def tie(self, sampled: torch.Tensor) -> None:
         """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""

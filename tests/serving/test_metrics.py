@@ -1,0 +1,168 @@
+"""The figures of engines on an API server's /metrics, and who counts them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from vllm_marith.engine.core.figures import CoreFigures
+from vllm_marith.engine.worker.figures import WorkerFigures
+from vllm_marith.serving import metrics as metrics_module
+
+CORE = {
+    "running": 2,
+    "waiting": 3,
+    "preempted": 1,
+    "torn": 0,
+    "members": [(2, 1), (3, 4)],
+    "fused_rows": [(6, 10)],
+    "tokens": [("custom", 7), ("steer", 50)],
+}
+WORKERS = [{"fusion_seconds": 0.5}, {"fusion_seconds": 0.25}]
+
+
+@pytest.fixture(autouse=True)
+def fresh_metrics() -> Iterator[None]:
+    """The registry is the process's: every test has metrics that start at nothing."""
+    from prometheus_client import REGISTRY
+
+    from vllm_marith.engine.frontend import admission
+
+    def forget() -> None:
+        for collector in {c for c in REGISTRY._collector_to_names if "marith" in getattr(c, "_name", "")}:
+            REGISTRY.unregister(collector)
+        metrics_module.metrics.cache_clear()
+        admission.on_refusal.clear()
+
+    forget()
+    yield
+    forget()
+
+
+def scrape(client: TestClient) -> dict[str, float]:
+    """Our samples, by name and labels; without the times at which they were made."""
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    found = re.findall(r"^vllm_marith:(\S+) (\S+)$", answer.text, re.MULTILINE)
+    return {name: float(value) for name, value in found if "_created" not in name}
+
+
+def test_a_scrape_asks_every_engine(client: TestClient) -> None:
+    core = client.app.state.engine_client.engine_core
+    core.answers = [[[CORE, *WORKERS], [{**CORE, "running": 9}, *WORKERS]], [[CORE, *WORKERS]] * 2]
+    found = scrape(client)
+    assert core.calls == [("collective_rpc", "marith_figures", None, (), {})]
+    assert found['num_groups_running{engine="0"}'] == 2
+    assert found['num_groups_running{engine="1"}'] == 9
+    assert found['num_groups_waiting{engine="1"}'] == 3
+    assert found['group_preemptions_total{engine="0"}'] == 1
+    assert found['groups_torn_total{engine="0"}'] == 0
+    assert found['group_members_count{engine="0"}'] == 5
+    assert found['group_members_sum{engine="0"}'] == 14
+    assert found['fused_rows_bucket{engine="0",le="4.0"}'] == 0
+    assert found['fused_rows_bucket{engine="0",le="8.0"}'] == 10
+    assert found['fusion_seconds_total{engine="0"}'] == 0.5
+    assert found['generation_tokens_total{engine="0",formula="steer"}'] == 50
+    again = scrape(client)
+    assert again['generation_tokens_total{engine="0",formula="steer"}'] == 100
+    assert again['fused_rows_count{engine="1"}'] == 20
+    assert again['num_groups_running{engine="1"}'] == 2
+
+
+def test_a_dead_engine_does_not_hide_the_page(client: TestClient) -> None:
+    assert scrape(client)['requests_refused_total{reason="formula"}'] == 0
+
+
+def test_a_busy_engine_does_not_hold_the_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late answer is not lost, and nobody asks again before it has come."""
+    monkeypatch.setattr(metrics_module, "_SCRAPE_SECONDS", 0.01)
+    into = metrics_module.metrics()
+
+    async def scenario() -> None:
+        done, calls = asyncio.Event(), []
+
+        class Busy:
+            async def call_utility_all_async(self, *call: Any) -> Any:
+                calls.append(call)
+                await done.wait()
+                return [[CORE, *WORKERS]]
+
+        client = type("Client", (), {"engine_core": Busy()})()
+        scraper = metrics_module.Scraper(client, into)
+        await scraper.refresh()
+        await scraper.refresh()
+        assert len(calls) == 1
+        done.set()
+        await scraper.refresh()
+        assert len(calls) == 1
+        assert into.tokens.labels("0", "steer")._value.get() == 50
+
+    asyncio.run(scenario())
+
+
+def test_refusals_are_counted_by_reason(client: TestClient) -> None:
+    for value in ("nonsense", '{"formula": "x"}'):
+        body = {"prompt": "x", "model": "steer", "vllm_xargs": {"marith": value}}
+        assert client.post("/v1/completions", json=body).status_code == 400
+    found = scrape(client)
+    assert found['requests_refused_total{reason="formula"}'] == 2
+    assert found['requests_refused_total{reason="size"}'] == 0
+
+
+def test_the_core_counts_and_forgets() -> None:
+    figures = CoreFigures()
+    figures.arrive("r1", 3, "steer")
+    figures.arrive("r2", 1, "custom")
+    figures.end("plain", 100)
+    figures.end("r1", 7)
+    figures.fused_rows[3] += 7
+    first = figures.drain()
+    assert first == {
+        "members": [(1, 1), (3, 1)],
+        "fused_rows": [(3, 7)],
+        "tokens": [("steer", 7)],
+        "preempted": 0,
+        "torn": 0,
+    }
+    figures.end("r1", 7)
+    figures.end("r2", 2)
+    assert figures.drain()["tokens"] == [("custom", 2)], "a request that lived on is still known"
+    assert figures.drain()["members"] == []
+
+
+def test_the_worker_times_the_fusion() -> None:
+    figures = WorkerFigures()
+    with pytest.raises(RuntimeError, match="fails"), figures.fusing():
+        raise RuntimeError("fails")
+    assert figures.drain()["fusion_seconds"] > 0
+    assert figures.drain() == {"fusion_seconds": 0.0}
+
+
+def test_the_core_answers_in_front_of_the_workers() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    from vllm_marith.engine.core import figures
+
+    figures.install()
+
+    class Executor:
+        def collective_rpc(self, method: str, *args: Any) -> list[Any]:
+            return [f"worker {method}"]
+
+    class Scheduler:
+        figures = CoreFigures()
+
+        def take_figures(self) -> str:
+            return "core"
+
+    core = EngineCore.__new__(EngineCore)
+    core.model_executor, core.scheduler = Executor(), Scheduler()
+    assert core.collective_rpc("marith_figures") == ["core", "worker marith_figures"]
+    assert core.collective_rpc("other", None, (), {}) == ["worker other"]
+    core.scheduler = object()  # a plain engine in the same process
+    assert core.collective_rpc("marith_figures") == ["worker marith_figures"]

@@ -1,0 +1,79 @@
+"""What the scheduler counts, and how the frontends ask for it.
+
+vLLM's `SchedulerStats` reach the frontends with every step and have no field for a plugin; so nothing is
+sent while nobody asks.  A frontend that is scraped calls ``collective_rpc("marith_figures")``, which the
+workers answer (`engine.worker.figures`), and the core puts its own figures in front.
+
+Counts are *drained*: an answer holds what happened since the last one, whoever got it.  With several
+API servers every count is thus reported by exactly one of them, and their sum is right.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+from .. import patches
+from ..group import FIGURES
+
+
+class CoreFigures:
+    """Counts since the last `drain`.
+
+    Attributes:
+        members: groups by their number of members, counted on arrival.
+        fused_rows: joint steps by the number of rows that groups had in them.
+        tokens: generated tokens by label, counted when a request ends.
+        preempted: groups that were preempted.
+        torn: groups that failed because vLLM did not keep them together.
+    """
+
+    def __init__(self) -> None:
+        self._labels: dict[str, str] = {}  # living requests with a formula
+        self._reset()
+
+    def _reset(self) -> None:
+        self.members: Counter[int] = Counter()
+        self.fused_rows: Counter[int] = Counter()
+        self.tokens: Counter[str] = Counter()
+        self.preempted = self.torn = 0
+
+    def arrive(self, request_id: str, members: int, label: str) -> None:
+        """A request with a formula has come."""
+        self._labels[request_id] = label
+        self.members[members] += 1
+
+    def end(self, request_id: str, tokens: int) -> None:
+        """A request has ended; nothing if it has no formula."""
+        label = self._labels.pop(request_id, None)
+        if label is not None:
+            self.tokens[label] += tokens
+
+    def drain(self) -> dict[str, Any]:
+        """The counts as plain data, which start again at zero."""
+        counts = {
+            "members": sorted(self.members.items()),
+            "fused_rows": sorted(self.fused_rows.items()),
+            "tokens": sorted(self.tokens.items()),
+            "preempted": self.preempted,
+            "torn": self.torn,
+        }
+        self._reset()
+        return counts
+
+
+def install() -> None:
+    """Lets this engine core answer for its scheduler; idempotent, once per process."""
+    patches.patch("vllm.v1.engine.core:EngineCore.collective_rpc", _with_core_figures)
+
+
+def _with_core_figures(collective_rpc: Any) -> Any:
+    @functools.wraps(collective_rpc)
+    def answering(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        workers = collective_rpc(self, method, *args, **kwargs)
+        if method != FIGURES or not hasattr(self.scheduler, "figures"):
+            return workers
+        return [self.scheduler.take_figures(), *workers]
+
+    return answering
