@@ -44,18 +44,18 @@ def fresh_metrics() -> Iterator[None]:
     forget()
 
 
-def scrape(client: TestClient) -> dict[str, float]:
+def scrape(http: TestClient) -> dict[str, float]:
     """Our samples, by name and labels; without the times at which they were made."""
-    answer = client.get("/metrics")
+    answer = http.get("/metrics")
     assert answer.status_code == 200
     found = re.findall(r"^vllm_marith:(\S+) (\S+)$", answer.text, re.MULTILINE)
     return {name: float(value) for name, value in found if "_created" not in name}
 
 
-def test_a_scrape_asks_every_engine(client: TestClient) -> None:
-    core = client.app.state.engine_client.engine_core
+def test_a_scrape_asks_every_engine(http: TestClient) -> None:
+    core = http.app.state.engine_client.engine_core
     core.answers = [[[CORE, *WORKERS], [{**CORE, "running": 9}, *WORKERS]], [[CORE, *WORKERS]] * 2]
-    found = scrape(client)
+    found = scrape(http)
     assert core.calls == [("collective_rpc", "marith_figures", None, (), {})]
     assert found['num_groups_running{engine="0"}'] == 2
     assert found['num_groups_running{engine="1"}'] == 9
@@ -68,17 +68,17 @@ def test_a_scrape_asks_every_engine(client: TestClient) -> None:
     assert found['fused_rows_bucket{engine="0",le="8.0"}'] == 10
     assert found['fusion_seconds_total{engine="0"}'] == 0.5
     assert found['generation_tokens_total{engine="0",formula="steer"}'] == 50
-    again = scrape(client)
+    again = scrape(http)
     assert again['generation_tokens_total{engine="0",formula="steer"}'] == 100
     assert again['fused_rows_count{engine="1"}'] == 20
     assert again['num_groups_running{engine="1"}'] == 2
 
 
-def test_a_dead_engine_does_not_hide_the_page(client: TestClient) -> None:
-    assert scrape(client)['requests_refused_total{reason="formula"}'] == 0
+def test_a_dead_engine_does_not_hide_the_page(http: TestClient) -> None:
+    assert scrape(http)['requests_refused_total{reason="formula"}'] == 0
 
 
-def test_a_busy_engine_does_not_hold_the_page(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_busy_engine_does_not_hold_the_page(http: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """A late answer is not lost, and nobody asks again before it has come."""
     monkeypatch.setattr(metrics_module, "_SCRAPE_SECONDS", 0.01)
     into = metrics_module.metrics()
@@ -92,8 +92,8 @@ def test_a_busy_engine_does_not_hold_the_page(client: TestClient, monkeypatch: p
                 await done.wait()
                 return [[CORE, *WORKERS]]
 
-        client = type("Client", (), {"engine_core": Busy()})()
-        scraper = metrics_module.Scraper(client, into)
+        http = type("Client", (), {"engine_core": Busy()})()
+        scraper = metrics_module.Scraper(http, into)
         await scraper.refresh()
         await scraper.refresh()
         assert len(calls) == 1
@@ -105,11 +105,11 @@ def test_a_busy_engine_does_not_hold_the_page(client: TestClient, monkeypatch: p
     asyncio.run(scenario())
 
 
-def test_refusals_are_counted_by_reason(client: TestClient) -> None:
+def test_refusals_are_counted_by_reason(http: TestClient) -> None:
     for value in ("nonsense", '{"formula": "x"}'):
         body = {"prompt": "x", "model": "steer", "vllm_xargs": {"marith": value}}
-        assert client.post("/v1/completions", json=body).status_code == 400
-    found = scrape(client)
+        assert http.post("/v1/completions", json=body).status_code == 400
+    found = scrape(http)
     assert found['requests_refused_total{reason="formula"}'] == 2
     assert found['requests_refused_total{reason="size"}'] == 0
 

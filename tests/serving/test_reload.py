@@ -19,29 +19,29 @@ from vllm_marith.serving.reload import Reloader
 SHY = "formula: base - 0.1*loud\nterms: {loud: {system: Shout.}}\n"
 
 
-def names(client: TestClient) -> list[str]:
+def names(http: TestClient) -> list[str]:
     """The presets in force, as both lists tell them."""
-    listed = [model["id"] for model in client.get("/v1/models").json()["data"]]
-    formulas = [preset["name"] for preset in client.get("/v1/marith/formulas").json()["data"]]
+    listed = [model["id"] for model in http.get("/v1/models").json()["data"]]
+    formulas = [preset["name"] for preset in http.get("/v1/marith/formulas").json()["data"]]
     assert listed == ["tiny", "wizard", *formulas]
     return formulas
 
 
-def serves(client: TestClient, model: str) -> bool:
-    return "error" not in client.post("/v1/completions", json={"prompt": "x", "model": model}).json()
+def serves(http: TestClient, model: str) -> bool:
+    return "error" not in http.post("/v1/completions", json={"prompt": "x", "model": model}).json()
 
 
-def test_new_changed_and_removed_presets(client: TestClient, presets: Path) -> None:
+def test_new_changed_and_removed_presets(http: TestClient, presets: Path) -> None:
     (presets / "shy.yaml").write_text(SHY)
     (presets / "plain.yaml").unlink()
     steer = presets / "steer.yaml"
     steer.write_text(steer.read_text().replace("0.5*", "0.25*"))
-    assert not serves(client, "shy")
-    answer = client.post("/v1/marith/reload")
+    assert not serves(http, "shy")
+    answer = http.post("/v1/marith/reload")
     assert answer.status_code == 200
-    assert [preset["name"] for preset in answer.json()["data"]] == names(client) == ["shy", "steer"]
-    assert serves(client, "shy")
-    assert not serves(client, "plain")
+    assert [preset["name"] for preset in answer.json()["data"]] == names(http) == ["shy", "steer"]
+    assert serves(http, "shy")
+    assert not serves(http, "plain")
     found = {preset["name"]: preset for preset in answer.json()["data"]}
     assert found["steer"]["formula"] == "child - 0.25*adult"
 
@@ -57,30 +57,30 @@ def test_new_changed_and_removed_presets(client: TestClient, presets: Path) -> N
     ],
 )
 def test_a_bad_file_changes_nothing(
-    client: TestClient, presets: Path, file: str, text: str, reason: str
+    http: TestClient, presets: Path, file: str, text: str, reason: str
 ) -> None:
-    before = client.get("/v1/marith/formulas").json()
+    before = http.get("/v1/marith/formulas").json()
     (presets / "another.yaml").write_text(SHY)
     (presets / file).write_text(text)
-    answer = client.post("/v1/marith/reload")
+    answer = http.post("/v1/marith/reload")
     assert answer.status_code == 400
     message = answer.json()["error"]["message"]
     assert message.startswith(f"marith: {reason}")
     assert str(presets.parent) not in message
     assert "the presets stay as they are" in message
-    assert client.get("/v1/marith/formulas").json() == before
-    assert not serves(client, "another")
+    assert http.get("/v1/marith/formulas").json() == before
+    assert not serves(http, "another")
     (presets / file).unlink()
-    assert client.post("/v1/marith/reload").status_code == 200
-    assert serves(client, "another")
+    assert http.post("/v1/marith/reload").status_code == 200
+    assert serves(http, "another")
 
 
-def test_a_vanished_folder_changes_nothing(client: TestClient, presets: Path) -> None:
+def test_a_vanished_folder_changes_nothing(http: TestClient, presets: Path) -> None:
     presets.rename(presets.with_name("gone"))
-    answer = client.post("/v1/marith/reload")
+    answer = http.post("/v1/marith/reload")
     assert answer.status_code == 400
     assert "no such file or directory" in answer.json()["error"]["message"]
-    assert names(client) == ["plain", "steer"]
+    assert names(http) == ["plain", "steer"]
 
 
 def test_admitted_formulas_stay_compiled_as_they_were(presets: Path) -> None:

@@ -14,8 +14,8 @@ from vllm_marith import Formula
 TERMS = {"a": {"system": "A."}, "b": {"prompt": "B: {input}"}}
 
 
-def test_formulas_tells_every_preset(client: TestClient) -> None:
-    found = {preset["name"]: preset for preset in client.get("/v1/marith/formulas").json()["data"]}
+def test_formulas_tells_every_preset(http: TestClient) -> None:
+    found = {preset["name"]: preset for preset in http.get("/v1/marith/formulas").json()["data"]}
     assert found.keys() == {"steer", "plain"}
     assert found["steer"]["formula"] == "child - 0.5*adult"
     assert found["steer"]["normalize"] == "sum"
@@ -27,12 +27,12 @@ def test_formulas_tells_every_preset(client: TestClient) -> None:
     assert found["plain"]["terms"] == {"base": {}}
 
 
-def explain(client: TestClient, body: Any) -> Any:
-    return client.post("/v1/marith/explain", content=body if isinstance(body, str) else json.dumps(body))
+def explain(http: TestClient, body: Any) -> Any:
+    return http.post("/v1/marith/explain", content=body if isinstance(body, str) else json.dumps(body))
 
 
-def test_explain_is_the_commands_text_and_its_data(client: TestClient) -> None:
-    answer = explain(client, {"formula": "2*a - b + union(a, b)", "terms": TERMS})
+def test_explain_is_the_commands_text_and_its_data(http: TestClient) -> None:
+    answer = explain(http, {"formula": "2*a - b + union(a, b)", "terms": TERMS})
     assert answer.status_code == 200
     plan = answer.json()
     assert plan["text"] == Formula.parse("2*a - b + union(a, b)", TERMS).explain()
@@ -48,8 +48,8 @@ def test_explain_is_the_commands_text_and_its_data(client: TestClient) -> None:
     assert {step["op"] for step in plan["program"]} <= set(plan["text"].split())
 
 
-def test_explain_knows_the_presets(client: TestClient) -> None:
-    plan = explain(client, {"formula": "steer + child"}).json()
+def test_explain_knows_the_presets(http: TestClient) -> None:
+    plan = explain(http, {"formula": "steer + child"}).json()
     assert plan["terms"].keys() == {"child", "adult"}
 
 
@@ -70,8 +70,8 @@ def test_explain_knows_the_presets(client: TestClient) -> None:
         ("[" * 100_000, "expected a JSON object", {}),
     ],
 )
-def test_explain_says_what_is_wrong(client: TestClient, body: Any, sentence: str, place: Any) -> None:
-    answer = explain(client, body)
+def test_explain_says_what_is_wrong(http: TestClient, body: Any, sentence: str, place: Any) -> None:
+    answer = explain(http, body)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert sentence in error["message"]
@@ -79,8 +79,8 @@ def test_explain_says_what_is_wrong(client: TestClient, body: Any, sentence: str
     assert {key: error[key] for key in place} == place
 
 
-def test_explain_takes_only_text(client: TestClient) -> None:
-    assert client.post("/v1/marith/explain", content=b"\xff{").status_code == 400
+def test_explain_takes_only_text(http: TestClient) -> None:
+    assert http.post("/v1/marith/explain", content=b"\xff{").status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -92,6 +92,6 @@ def test_explain_takes_only_text(client: TestClient) -> None:
         ("POST", "/v1/marith/reload"),
     ],
 )
-def test_routes_are_behind_the_api_key(client: TestClient, method: str, path: str) -> None:
+def test_routes_are_behind_the_api_key(http: TestClient, method: str, path: str) -> None:
     for key in (None, "wrong"):
-        assert api_server.client(client.app, key).request(method, path).status_code == 401
+        assert api_server.client(http.app, key).request(method, path).status_code == 401

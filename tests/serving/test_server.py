@@ -8,7 +8,6 @@ import re
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import pytest
 from tests.support import reference, server, tiny
 from vllm_marith import Formula
 
-PRESETS = Path(__file__).parents[2] / "configs" / "presets"
 TEXT = "the value of the expression"
 TERMS = {
     "child": {"system": "You are a child."},
@@ -31,18 +29,6 @@ FORMULA = "child - 0.6*adult + 2*union(child, magic)"
 def request(formula: str = FORMULA, **other: Any) -> dict[str, Any]:
     """The openai client's way to say vLLM's extra arguments."""
     return {"vllm_xargs": {"marith": json.dumps({"formula": formula, "terms": TERMS} | other)}}
-
-
-@pytest.fixture(scope="module")
-def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    with server.serve(tiny_model, log, {"presets": str(PRESETS)}) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
 
 
 def metric(url: str, name: str) -> float:
@@ -169,20 +155,6 @@ def test_abort_in_mid_stream_leaves_nothing(client: openai.OpenAI, url: str) -> 
     assert metric(url, "num_requests_running") == 3
     stream.close()
     assert_idle(url)
-
-
-def test_presets_by_name(client: openai.OpenAI) -> None:
-    names = [p.stem for p in PRESETS.glob("*.yaml") if "formula:" in p.read_text()]
-    assert len(names) >= 5
-    for name in names:
-        answer = client.chat.completions.create(
-            model="tiny",
-            messages=[{"role": "user", "content": TEXT}],
-            max_tokens=4,
-            extra_body={"vllm_xargs": {"marith": name}, "ignore_eos": True},
-        )
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens == 4
 
 
 LONG = " ".join(["word"] * 600)

@@ -1,0 +1,211 @@
+"""Presets as models of a real server, asked by the unmodified openai client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+TEXT = "the value of the expression"
+MESSAGES: Any = [{"role": "user", "content": TEXT}]
+GREEDY: dict[str, Any] = {"max_tokens": 16, "temperature": 0}
+LONG: dict[str, Any] = {"ignore_eos": True}
+"""The tiny model ends its answers early."""
+
+
+def own(value: str) -> dict[str, Any]:
+    return LONG | {"vllm_xargs": {"marith": value}}
+
+
+def names(folder: Path) -> list[str]:
+    return [file.stem for file in sorted(folder.glob("*.yaml")) if "\nformula:" in "\n" + file.read_text()]
+
+
+def post(url: str, path: str, body: bytes = b"") -> Any:
+    with urllib.request.urlopen(urllib.request.Request(f"{url}{path}", body, method="POST")) as answer:
+        return json.load(answer)
+
+
+def test_the_list_of_models(client: openai.OpenAI, served_presets: Path) -> None:
+    listed = {model.id for model in client.models.list()}
+    assert listed == {"tiny", *names(served_presets)}
+    assert len(listed) > 5
+
+
+def test_every_preset_answers_under_its_name(client: openai.OpenAI, served_presets: Path) -> None:
+    for name in names(served_presets):
+        chat = client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=4, extra_body=LONG)
+        assert chat.model == name
+        assert chat.usage is not None
+        assert chat.usage.completion_tokens == 4
+
+
+def test_a_completion_is_the_formulas(client: openai.OpenAI) -> None:
+    named = client.completions.create(model="preadd", prompt=TEXT, **GREEDY, extra_body=LONG)
+    same = client.completions.create(model="tiny", prompt=TEXT, **GREEDY, extra_body=own("preadd"))
+    plain = client.completions.create(model="tiny", prompt=TEXT, **GREEDY, extra_body=LONG)
+    assert named.choices[0].text == same.choices[0].text != plain.choices[0].text
+    assert (named.model, same.model, plain.model) == ("preadd", "tiny", "tiny")
+
+
+def test_a_chat_and_its_stream(client: openai.OpenAI) -> None:
+    create = client.chat.completions.create
+    named = create(model="preadd", messages=MESSAGES, **GREEDY, extra_body=LONG).choices[0].message.content
+    same = create(model="tiny", messages=MESSAGES, **GREEDY, extra_body=own("preadd"))
+    assert named == same.choices[0].message.content
+    chunks = list(create(model="preadd", messages=MESSAGES, **GREEDY, extra_body=LONG, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == named
+    assert {chunk.model for chunk in chunks} == {"preadd"}
+    stream = client.completions.create(model="preadd", prompt=TEXT, max_tokens=4, stream=True)
+    assert {chunk.model for chunk in stream} == {"preadd"}
+
+
+def test_the_responses_api(client: openai.OpenAI) -> None:
+    def ask(model: str, **extra: Any) -> Any:
+        return client.responses.create(
+            model=model, input=TEXT, max_output_tokens=16, temperature=0, extra_body=extra
+        )
+
+    named = ask("preadd")
+    assert named.model == "preadd"
+    assert named.output_text == ask("tiny", vllm_xargs={"marith": "preadd"}).output_text
+    assert named.output_text != ask("tiny").output_text
+    with pytest.raises(openai.BadRequestError, match="'nobody' is not defined"):
+        ask("tiny", vllm_xargs={"marith": "nobody"})
+
+
+def test_unknown_models_are_vllms_404(client: openai.OpenAI) -> None:
+    for create, prompt in (
+        (client.completions.create, {"prompt": TEXT}),
+        (client.chat.completions.create, {"messages": MESSAGES}),
+        (client.responses.create, {"input": TEXT}),
+    ):
+        with pytest.raises(openai.NotFoundError, match="The model `nobody` does not exist"):
+            create(model="nobody", **prompt)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_preset_takes_no_second_formula(client: openai.OpenAI, stream: bool) -> None:
+    for value, sentence in (
+        ("base", "the model 'preadd' is a formula already"),
+        ('{"formula": "base"}', "the model 'preadd' is a formula already"),
+        ('{"nobody": 1}', "nobody"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=sentence):
+            client.completions.create(model="preadd", prompt=TEXT, stream=stream, extra_body=own(value))
+
+
+def test_what_a_request_cost(client: openai.OpenAI) -> None:
+    raw = client.completions.with_raw_response.create(
+        model="preadd", prompt=TEXT, max_tokens=4, extra_body=LONG | {"return_token_ids": True}
+    )
+    usage = raw.parse().usage
+    assert usage is not None
+    assert raw.headers["x-marith-members"] == "2"
+    assert int(raw.headers["x-marith-prompt-tokens"]) > 2 * usage.prompt_tokens
+    plain = client.completions.with_raw_response.create(model="tiny", prompt=TEXT, max_tokens=1)
+    assert "x-marith-members" not in plain.headers
+
+
+def figures(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{url}/metrics") as page:
+        found = re.findall(r"^vllm_marith:(\S+) (\S+)$", page.read().decode(), re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+def test_the_figures_move(client: openai.OpenAI, url: str) -> None:
+    before = figures(url)
+
+    def gained(name: str) -> float:
+        return figures(url).get(name, 0.0) - before.get(name, 0.0)
+
+    client.completions.create(model="preadd", prompt=TEXT, max_tokens=7, extra_body=LONG)
+    client.completions.create(model="tiny", prompt=TEXT, max_tokens=3, extra_body=own("base + 0.5*toxic"))
+    client.completions.create(model="tiny", prompt=TEXT, max_tokens=5, extra_body=LONG)
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="tiny", prompt=TEXT, extra_body=own("nobody"))
+    assert gained('generation_tokens_total{engine="0",formula="preadd"}') == 7
+    assert gained('generation_tokens_total{engine="0",formula="custom"}') == 3
+    assert gained('group_members_count{engine="0"}') == 2
+    assert gained('group_members_sum{engine="0"}') == 4
+    assert gained('fused_rows_count{engine="0"}') == 10
+    assert gained('fused_rows_sum{engine="0"}') == 20
+    assert gained('fusion_seconds_total{engine="0"}') > 0
+    assert gained('requests_refused_total{reason="formula"}') == 1
+    now = figures(url)
+    for name in ("num_groups_running", "num_groups_waiting", "groups_torn_total"):
+        assert now[f'{name}{{engine="0"}}'] == 0
+
+
+def test_groups_that_run_are_seen(client: openai.OpenAI, url: str) -> None:
+    stream = client.completions.create(
+        model="preadd", prompt=TEXT, max_tokens=400, stream=True, extra_body=LONG
+    )
+    next(iter(stream))
+    assert figures(url)['num_groups_running{engine="0"}'] == 1
+    stream.close()
+    wait_for(lambda: figures(url)['num_groups_running{engine="0"}'] == 0)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(120):
+        if condition():
+            return
+        time.sleep(0.25)
+    raise AssertionError("it did not happen")
+
+
+def test_reload_of_a_running_server(client: openai.OpenAI, url: str, served_presets: Path) -> None:
+    def listed() -> set[str]:
+        return {model.id for model in client.models.list()}
+
+    before = listed()
+    new = served_presets / "shy.yaml"
+    try:
+        new.write_text("terms: {loud: {system: SHOUT.}}\nformula: base - 0.3*loud\n")
+        assert listed() == before
+        assert "shy" in [preset["name"] for preset in post(url, "/v1/marith/reload")["data"]]
+        assert listed() == before | {"shy"}
+        named = client.completions.create(model="shy", prompt=TEXT, **GREEDY, extra_body=LONG)
+
+        new.write_text("terms: {loud: {system: SHOUT.}}\nformula: base - *loud\n")
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(url, "/v1/marith/reload")
+        assert refused.value.code == 400
+        assert "shy.yaml:2: expected a term or a number" in refused.value.read().decode()
+        again = client.completions.create(model="shy", prompt=TEXT, **GREEDY, extra_body=LONG)
+        assert again.choices[0].text == named.choices[0].text
+    finally:
+        new.unlink()
+    os.kill(server_pid(url), signal.SIGHUP)
+    wait_for(lambda: listed() == before)
+
+
+def server_pid(url: str) -> int:
+    """The process that listens at this URL."""
+    import psutil
+
+    port = int(url.rpartition(":")[2])
+    return next(
+        found.pid
+        for found in psutil.net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid
+    )
+
+
+def test_explain_and_formulas(url: str) -> None:
+    with urllib.request.urlopen(f"{url}/v1/marith/formulas") as answer:
+        found = {preset["name"]: preset for preset in json.load(answer)["data"]}
+    assert found["preadd"]["formula"] == "base - 0.6*toxic"
+    plan = post(url, "/v1/marith/explain", b'{"formula": "preadd"}')
+    assert plan["rows"] == 2
+    assert plan["terms"].keys() == {"base", "toxic"}
