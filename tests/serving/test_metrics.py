@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,3 +168,15 @@ def test_the_core_answers_in_front_of_the_workers() -> None:
     assert core.collective_rpc("other", None, (), {}) == ["worker other"]
     core.scheduler = object()  # a plain engine in the same process
     assert core.collective_rpc("marith_figures") == ["worker marith_figures"]
+
+
+def test_the_dashboard_shows_metrics_that_there_are(http: TestClient) -> None:
+    file = Path(__file__).parents[2] / "configs" / "grafana" / "formulas.json"
+    dashboard = json.loads(file.read_text())
+    asked = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    http.app.state.engine_client.engine_core.answers = [[[CORE, *WORKERS]]]
+    there = {name.partition("{")[0] for name in scrape(http)}
+    wanted = set(re.findall(r"vllm_marith:(\w+)", asked))
+    assert wanted <= there
+    families = {re.sub("_(bucket|sum|count)$", "", name) for name in there}
+    assert families == {re.sub("_(bucket|sum|count)$", "", name) for name in wanted}, "every figure is shown"
