@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import openai
 import pytest
+
+from tests.support import server
 
 TEXT = "the value of the expression"
 MESSAGES: Any = [{"role": "user", "content": TEXT}]
@@ -186,20 +189,8 @@ def test_reload_of_a_running_server(client: openai.OpenAI, url: str, served_pres
         assert again.choices[0].text == named.choices[0].text
     finally:
         new.unlink()
-    os.kill(server_pid(url), signal.SIGHUP)
-    wait_for(lambda: listed() == before)
-
-
-def server_pid(url: str) -> int:
-    """The process that listens at this URL."""
-    import psutil
-
-    port = int(url.rpartition(":")[2])
-    return next(
-        found.pid
-        for found in psutil.net_connections("tcp")
-        if found.status == psutil.CONN_LISTEN and found.laddr.port == port and found.pid
-    )
+        post(url, "/v1/marith/reload")
+    assert listed() == before
 
 
 def test_explain_and_formulas(url: str) -> None:
@@ -209,3 +200,41 @@ def test_explain_and_formulas(url: str) -> None:
     plan = post(url, "/v1/marith/explain", b'{"formula": "preadd"}')
     assert plan["rows"] == 2
     assert plan["terms"].keys() == {"base", "toxic"}
+
+
+def test_several_api_servers(tiny_model: Path, tmp_path: Path) -> None:
+    """Each counts its part of the figures, and a reload of one, or a signal to their parent, reaches all."""
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    (presets / "steer.yaml").write_text("terms: {loud: {system: SHOUT.}}\nformula: base - 0.3*loud\n")
+    options = ("--api-server-count", "2")
+    with server.serve_process(tiny_model, tmp_path / "log", {"presets": str(presets)}, *options) as (
+        url,
+        pid,
+    ):
+
+        def listed() -> set[int]:
+            """How many models the servers list: each of a dozen connections may reach another of them."""
+            found = set()
+            for _ in range(12):
+                with urllib.request.urlopen(f"{url}/v1/models") as answer:
+                    found.add(len(json.load(answer)["data"]))
+            return found
+
+        for _ in range(8):
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300)
+            answer = client.completions.create(model="steer", prompt=TEXT, max_tokens=5, extra_body=LONG)
+            assert answer.model == "steer"
+        for _ in range(4):
+            found = figures(url)
+            assert found['group_members_count{engine="0"}'] == 8
+            assert found['generation_tokens_total{engine="0",formula="steer"}'] == 40
+
+        assert listed() == {2}
+        new = presets / "plain.yaml"
+        new.write_text("formula: base\n")
+        post(url, "/v1/marith/reload")
+        wait_for(lambda: listed() == {3})
+        new.unlink()
+        os.kill(pid, signal.SIGHUP)
+        wait_for(lambda: listed() == {2})

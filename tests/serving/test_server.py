@@ -17,6 +17,7 @@ import pytest
 from tests.support import reference, server, tiny
 from vllm_marith import Formula
 
+PRESETS = Path(__file__).parents[2] / "configs" / "presets"
 TEXT = "the value of the expression"
 TERMS = {
     "child": {"system": "You are a child."},
@@ -237,6 +238,11 @@ def test_parameters_without_a_meaning_for_formulas(
         ({}, ["--pipeline-parallel-size", "2"], "--pipeline-parallel-size must be 1"),
         ({"presets": "nowhere"}, [], "nowhere"),
         ({"preset": "x"}, [], "known settings"),
+        (
+            {"presets": str(PRESETS)},
+            ["--served-model-name", "other", "preadd"],
+            "the preset 'preadd' has the name of the served model",
+        ),
     ],
 )
 def test_a_wrong_start_ends_with_one_sentence(

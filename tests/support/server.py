@@ -52,6 +52,15 @@ def environment() -> dict[str, str]:
 @contextmanager
 def serve(model: Path, log: Path, settings: dict[str, Any] | None = None, *options: str) -> Iterator[str]:
     """The base URL of a running server; its output is in `log`."""
+    with serve_process(model, log, settings, *options) as (url, _):
+        yield url
+
+
+@contextmanager
+def serve_process(
+    model: Path, log: Path, settings: dict[str, Any] | None = None, *options: str
+) -> Iterator[tuple[str, int]]:
+    """As `serve`, with the id of the process that was started."""
     port = free_port()
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -63,7 +72,7 @@ def serve(model: Path, log: Path, settings: dict[str, Any] | None = None, *optio
         )
         try:
             _wait(process, f"http://127.0.0.1:{port}/health", log)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", process.pid
         finally:
             os.killpg(process.pid, signal.SIGTERM)
             try:
