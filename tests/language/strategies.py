@@ -4,7 +4,25 @@ import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from vllm_marith import Formula, FormulaError, Term, intersection, union
+from vllm_marith import (
+    Formula,
+    FormulaError,
+    Term,
+    indicator,
+    intersection,
+    kl_indicator,
+    mixture,
+    normalize,
+    plausible,
+    schedule,
+    self_debias,
+    strength,
+    superseded,
+    topk,
+    topp,
+    uniform,
+    union,
+)
 
 # No deadline for one example: on a busy machine it measures the other processes.
 settings.register_profile("no deadline", deadline=None)
@@ -12,6 +30,10 @@ settings.load_profile("no deadline")
 
 NAMES = ("a", "b", "c", "d")
 TERMS = {name: Term(f"You are {name}.", name=name) for name in NAMES}
+CLASSIFIERS = {
+    "y": Term(classifier="judge", name="y"),
+    "z": Term(classifier="judge", form="plain", label=0, name="z"),
+}
 
 # Round weights and ragged ones, of both signs; sums of them that cancel do so to rounding.
 weights = st.one_of(
@@ -34,6 +56,47 @@ def _extend(inner: st.SearchStrategy) -> st.SearchStrategy:
     )
 
 
+def _distribution(formula: Formula) -> Formula:
+    """The formula, or one like it that has a distribution whatever the normalisation."""
+    try:
+        return formula.with_normalize("sum").check()
+    except FormulaError:
+        return 5.0 * TERMS["b"] + 0.01 * formula if _is_small(formula) else Formula.of(TERMS["b"])
+
+
+def _is_small(formula: Formula) -> bool:
+    try:
+        (5.0 * TERMS["b"] + 0.01 * formula).check()
+    except FormulaError:
+        return False
+    return True
+
+
+def _extend_with_operators(inner: st.SearchStrategy) -> st.SearchStrategy:
+    of = inner.map(_distribution)
+    share = st.sampled_from([0.05, 0.3, 0.7, 1.0])
+    counts = st.integers(1, 12)
+    dials = st.sampled_from(
+        [schedule({0: 1.0, 2: 0.5}), schedule({0: 0, 1: 2, 3: -0.1}), strength(CLASSIFIERS["y"], 0.2, 0.9)]
+    )
+    return st.one_of(
+        _extend(inner),
+        st.tuples(inner, inner).map(lambda pair: indicator(pair[0]) * pair[1]),
+        st.tuples(of, of, st.sampled_from([0, 3]), st.booleans(), st.booleans(), inner).map(
+            lambda v: kl_indicator(v[0], v[1], 0.01, top_k=v[2], include_max=v[3], minimize=v[4]) * v[5]
+        ),
+        of.map(normalize),
+        st.tuples(of, counts).map(lambda pair: topk(normalize(pair[0]), pair[1])),
+        st.tuples(of, share).map(lambda pair: topp(normalize(pair[0]), pair[1])),
+        st.tuples(of, of).map(lambda pair: self_debias(*pair, 5)),
+        st.tuples(of, of).map(lambda pair: superseded(*pair)),
+        st.tuples(st.floats(0.1, 3), of, of).map(lambda v: mixture((v[0], v[1]), (1, v[2]), (0.5, uniform))),
+        st.tuples(inner, of, share).map(lambda v: plausible(*v)),
+        st.tuples(dials, inner).map(lambda pair: pair[0] * pair[1]),
+        inner.map(lambda formula: formula + 0.5 * uniform),
+    )
+
+
 # Any expression that operators can make, whether or not it defines a distribution.
 expressions = st.recursive(
     st.sampled_from(NAMES).map(lambda name: Formula.of(TERMS[name])), _extend, max_leaves=10
@@ -50,11 +113,51 @@ def _made_valid(formula: Formula, lift: float) -> Formula:
     return formula.with_normalize("none").check()
 
 
+def _made_valid_with_operators(formula: Formula, lift: float, normalize: str) -> Formula:
+    if normalize == "sum":
+        candidates = [formula, formula + lift * TERMS["a"], 0.1 * formula + lift * TERMS["a"]]
+    else:
+        candidates = [formula, formula + 1.0 * TERMS["a"]]
+    for candidate in [*candidates, TERMS["a"] + 0 * formula, Formula.of(TERMS["a"])]:
+        try:
+            return candidate.with_normalize(normalize).check()
+        except FormulaError:
+            continue
+    raise AssertionError("a term alone is valid")
+
+
+# The whole algebra: also filters, gates, mixtures, dials and classifiers.
+operator_expressions = st.recursive(
+    st.sampled_from([*TERMS.values(), *CLASSIFIERS.values()]).map(Formula.of),
+    _extend_with_operators,
+    max_leaves=8,
+)
+
 # Formulas that define a distribution, under both normalisations.
 formulas = st.one_of(
     st.tuples(expressions, st.sampled_from([5.0, 40.0])).map(lambda pair: _made_valid(*pair)),
     expressions.map(lambda formula: formula.with_normalize("none")),
 )
+
+
+operator_formulas = st.builds(
+    _made_valid_with_operators,
+    operator_expressions,
+    st.sampled_from([5.0, 40.0]),
+    st.sampled_from(["sum", "none"]),
+)
+
+
+# The step at which formulas with dials are evaluated.
+STEP = {"position": 2, "probabilities": {"y": 0.3}}
+
+
+@st.composite
+def generic_logits(draw: st.DrawFn) -> dict[str, np.ndarray]:
+    """float64 [3, 12] without ties: rounding decides nothing at a gate or at a filter's edge."""
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scale = draw(st.sampled_from([1.0, 4.0]))
+    return {name: random.normal(size=(3, 12)) * scale for name in (*NAMES, *CLASSIFIERS)}
 
 
 @st.composite
@@ -65,4 +168,5 @@ def logits(draw: st.DrawFn, masks: bool = True) -> dict[str, np.ndarray]:
     scale = draw(st.sampled_from([0.0, 1.0, 30.0]))
     share = draw(st.sampled_from([0.0, 0.2, 0.9, 1.0])) if masks else 0.0
     values = {name: random.normal(size=shape) * scale for name in NAMES}
-    return {name: np.where(random.random(shape) < share, -np.inf, x) for name, x in values.items()}
+    masked = {name: np.where(random.random(shape) < share, -np.inf, x) for name, x in values.items()}
+    return masked | {name: random.normal(size=shape) for name in CLASSIFIERS}

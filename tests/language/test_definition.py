@@ -7,39 +7,139 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_marith import Formula, FormulaError, intersection, union
+from vllm_marith.language.algebra import simplify
 from vllm_marith.language.definition import log_softmax
-from vllm_marith.language.nodes import Leaf, Number, Scale, Sum, Union
+from vllm_marith.language.nodes import (
+    Dialled,
+    Filtered,
+    Gate,
+    Intersection,
+    KLIndicator,
+    Leaf,
+    Mixture,
+    Normalized,
+    Number,
+    Plausible,
+    Scale,
+    Schedule,
+    SelfDebias,
+    Sum,
+    Superseded,
+    Uniform,
+    Union,
+)
 
-from .strategies import NAMES, TERMS, expressions, formulas, logits
+from .strategies import NAMES, STEP, TERMS, expressions, formulas, generic_logits, logits, operator_formulas
 
 A, B, C = (TERMS[name] for name in "abc")
 INF = float("inf")
 
 
 def _log_softmax(x):
-    x = x - x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+    peak = x.max(-1, keepdims=True)
+    x = x - np.where(np.isneginf(peak), 0, peak)
+    with np.errstate(divide="ignore"):
+        total = np.log(np.exp(x).sum(-1, keepdims=True))
+    return x - np.where(np.isneginf(total), 0, total)
 
 
-def _oracle(node, log_q):
+def _times(factor, energy):
+    """-inf stays -inf under every factor but 0."""
+    finite = np.where(np.isneginf(energy), 0, energy)
+    return np.where(np.isneginf(energy) & (factor != 0), -INF, factor * finite)
+
+
+def _change_without_each(p, q):
+    """KL(p || q) without a token, both renormalised, minus KL(p || q); token by token."""
+
+    def divergence(p, q):
+        return np.where(p > 0, p * np.log(p / q), 0).sum(-1)
+
+    change = np.zeros_like(p)
+    with np.errstate(all="ignore"):
+        for token in range(p.shape[-1]):
+            left_p, left_q = np.delete(p, token, -1), np.delete(q, token, -1)
+            without = divergence(
+                left_p / left_p.sum(-1, keepdims=True), left_q / left_q.sum(-1, keepdims=True)
+            )
+            change[:, token] = without - divergence(p, q)
+    return change
+
+
+POSITION, PROBABILITY = STEP["position"], STEP["probabilities"]["y"]
+
+
+def _oracle(node, log_q, normalize="sum"):
     """(E, N) exactly as the table of nodes says, without any simplification.  For finite logits."""
+
+    def value(operand):
+        return _oracle(operand, log_q, normalize)
+
+    def distribution(operand):
+        energy, weight = value(operand)
+        return _log_softmax(energy / weight if normalize == "sum" else energy)
+
+    one = np.ones_like(next(iter(log_q.values())))
     match node:
+        case Leaf(name, "bayes"):
+            return log_q[name], 0 * one
         case Leaf(name):
-            return log_q[name], np.ones_like(log_q[name])
-        case Number(value):
-            constant = np.full_like(next(iter(log_q.values())), value)
-            return constant, constant
+            return log_q[name], one
+        case Uniform():
+            return np.log(one / one.shape[-1]), one
+        case Normalized(operand):
+            return distribution(operand), one
+        case Filtered(kind, operand, parameter):
+            weight = value(operand)[1] if normalize == "sum" else one
+            log_p = distribution(operand)
+            kept = np.zeros(log_p.shape, bool)
+            for row, keep in zip(log_p, kept, strict=True):
+                order = np.argsort(-row, kind="stable")
+                mass = np.cumsum(np.exp(row[order]))
+                last = parameter - 1 if kind == "topk" else np.argmax(mass >= parameter * (1 - 1e-12))
+                keep[:] = row >= row[order[min(int(last), len(row) - 1)]]
+            kept |= kind == "topp" and parameter == 1
+            return _times(weight, _log_softmax(np.where(kept, log_p, -INF))), weight
+        case SelfDebias(operand, biased, by):
+            log_p, log_b = distribution(operand), distribution(biased)
+            return _log_softmax(log_p + by * np.minimum(np.exp(log_p) - np.exp(log_b), 0)), one
+        case Mixture(weights, operands):
+            p = sum(w * np.exp(distribution(o)) for w, o in zip(weights, operands, strict=True))
+            with np.errstate(divide="ignore"):
+                return np.log(p / p.sum(-1, keepdims=True)), one
+        case Superseded(_, large):
+            return value(large)
+        case Plausible(operand, judge, alpha):
+            (energy, weight), p = value(operand), np.exp(distribution(judge))
+            return np.where(p >= alpha * p.max(-1, keepdims=True), energy, -INF), weight
+        case KLIndicator(p, q, divergence, top_k, include_max, minimize):
+            p, q = np.exp(distribution(p)), np.exp(distribution(q))
+            change = np.nan_to_num(_change_without_each(p, q) * (-1 if minimize else 1), nan=-INF)
+            passes = (change > divergence) & ((p < q) | (not include_max))
+            if top_k:
+                passes &= change >= np.sort(change, -1)[:, -min(top_k, change.shape[-1]), None]
+            return passes - 1.0, 0 * one
+        case Gate(condition, operand):
+            is_open = value(condition)[0] >= 0
+            energy, weight = value(operand)
+            return np.where(is_open, energy, 0), np.where(is_open, weight, 0)
+        case Dialled(dial, operand):
+            factor = dial.at(POSITION) if isinstance(dial, Schedule) else 0.2 + 0.7 * PROBABILITY
+            energy, weight = value(operand)
+            return _times(factor, energy), factor * weight
+        case Number(number):
+            return number * one, number * one
         case Scale(factor, operand):
-            energy, weight = _oracle(operand, log_q)
-            return factor * energy, factor * weight
+            energy, weight = value(operand)
+            return _times(factor, energy), factor * weight
         case Sum(operands):
-            values = [_oracle(operand, log_q) for operand in operands]
+            values = [value(operand) for operand in operands]
             return sum(energy for energy, _ in values), sum(weight for _, weight in values)
-    energies, weights = (
-        np.stack(values) for values in zip(*(_oracle(o, log_q) for o in node.operands), strict=True)
-    )
-    winner = (energies.argmax(0) if isinstance(node, Union) else energies.argmin(0))[None]
-    return np.take_along_axis(energies, winner, 0)[0], np.take_along_axis(weights, winner, 0)[0]
+        case Union(operands) | Intersection(operands):
+            energies, weights = (np.stack(values) for values in zip(*map(value, operands), strict=True))
+            winner = (energies.argmax(0) if isinstance(node, Union) else energies.argmin(0))[None]
+            return np.take_along_axis(energies, winner, 0)[0], np.take_along_axis(weights, winner, 0)[0]
+    raise AssertionError(node)
 
 
 @given(formulas, logits(masks=False))
@@ -49,6 +149,25 @@ def test_agrees_with_the_table_of_nodes(formula, values):
     energy, weight = _oracle(formula.root, log_q)
     expected = _log_softmax(energy / weight if formula.normalize == "sum" else energy)
     np.testing.assert_allclose(formula.evaluate(values), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(operator_formulas, generic_logits())
+def test_operators_agree_with_the_table_of_nodes(formula, values):
+    log_q = {name: log_softmax(torch.from_numpy(x)).numpy() for name, x in values.items()} | {
+        "y": values["y"]
+    }
+    # Simplified, because a filter's -inf goes where its weights cancel.
+    energy, weight = _oracle(simplify(formula.root), log_q, formula.normalize)
+    expected = _log_softmax(energy / weight if formula.normalize == "sum" else energy)
+    np.testing.assert_allclose(formula.evaluate(values, **STEP), expected, rtol=1e-7, atol=1e-7)
+
+
+@given(operator_formulas, logits())
+def test_operators_give_a_log_distribution(formula, values):
+    result = formula.evaluate(values, **STEP)
+    assert not np.isnan(result).any()
+    empty = np.isneginf(result).all(-1)
+    np.testing.assert_allclose(np.exp(result[~empty]).sum(-1), 1, rtol=1e-9)
 
 
 @given(formulas, logits())

@@ -127,7 +127,10 @@ def test_repr_is_python():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: A * B, "the product of two formulas has no meaning; one factor must be a number"),
+        (
+            lambda: A * B,
+            "the product of two formulas has no meaning; one factor must be a number, an indicator(...)",
+        ),
         (lambda: A / B, "a formula can only be divided by a number"),
         (lambda: 2 / A, "a formula can only be divided by a number, not be a divisor"),
         (lambda: A / 0, "a formula cannot be divided by zero"),
@@ -137,14 +140,14 @@ def test_repr_is_python():
         (lambda: A / 1e-320, "the number inf is not finite"),
         (lambda: union(A), "union needs at least two operands"),
         (lambda: intersection(), "intersection needs at least two operands"),
-        (lambda: union(A, "b"), "the operands of union must be terms, formulas or numbers"),
+        (lambda: union(A, "b"), "the operands of a function must be terms, formulas or numbers"),
         (lambda: A + Term("other", name="a"), "the name 'a' stands for two different terms"),
         (
             lambda: A + (B - C).with_normalize("none") + 2 * A,
             "formulas with normalize 'sum' and 'none' cannot",
         ),
         (lambda: (A + B).with_normalize("mean"), "normalize must be 'sum' or 'none', not 'mean'"),
-        (lambda: union(1, 2).leader, "a formula needs at least one term"),
+        (lambda: union(1, 2).leader, "a formula needs at least one term that is a language model"),
         (lambda: union(1, 2).check(), "a formula needs at least one term"),
         (lambda: Formula.parse("a", {"b c": Term()}), "'b c' cannot name a term; names have letters"),
         (lambda: Formula((A + B).root, {"a": A}), "the term 'b' is not defined"),
@@ -179,7 +182,7 @@ def test_operands_of_other_kinds(other):
         ({"speculative_factor": True}, "'speculative_factor' of a term must be a whole number of at least 1"),
         ({"name": "2x"}, "'2x' cannot name a term"),
         ({"name": "union"}, "'union' is an operator and cannot name a term"),
-        ({"name": "topk"}, "'topk' is reserved for an operator that is not supported yet"),
+        ({"name": "topk"}, "'topk' is an operator and cannot name a term"),
         ({"name": "x" * 65}, "the name 'xxxxxxxxxxxxxxxx…' is longer than 64 characters"),
         ({"name": 3}, "a term's name must be a string, not a int"),
     ],

@@ -6,7 +6,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_marith import Formula, FormulaError, intersection, union
+from vllm_marith import (
+    Formula,
+    FormulaError,
+    indicator,
+    intersection,
+    kl_indicator,
+    mixture,
+    normalize,
+    plausible,
+    schedule,
+    self_debias,
+    superseded,
+    topk,
+    topp,
+    uniform,
+    union,
+)
 from vllm_marith.language import Limits
 
 from .strategies import TERMS
@@ -38,6 +54,25 @@ A, B, C = (TERMS[name] for name in "abc")
         ("union(a, b)/2", union(A, B) / 2),
         ("((((a))))", A + 0),
         ("0*a + b", 0 * A + B),
+        ("indicator(a - b)*(a - b)*2 + a", 2 * indicator(A - B) * (A - B) + A),
+        ("a*indicator(b)/2 + b", indicator(B) * A / 2 + B),
+        ("indicator(a)*indicator(b)*c + a", indicator(A) * (indicator(B) * C) + A),
+        ("indicator(a) + a", indicator(A) + A),
+        ("kl_indicator(a, b)*(a - b) + a", kl_indicator(A, B) * (A - B) + A),
+        (
+            "kl_indicator(a, b, 0.1, 5, 0, 1)*b + a",
+            kl_indicator(A, B, 0.1, top_k=5, include_max=False) * B + A,
+        ),
+        ("normalize(a - 0.6*b) + c", normalize(A - 0.6 * B) + C),
+        ("topk(a, 10) + topp(b, .9)", topk(A, 10) + topp(B, 0.9)),
+        ("superseded(a, b)", superseded(A, B)),
+        ("self_debias(a, b, 10)", self_debias(A, B, 10)),
+        ("plausible(2*a - b, a, 0.1)", plausible(2 * A - B, A, 0.1)),
+        ("mixture(0.5: a, 1.5: b - 0.5*c, 0: c)", mixture((0.5, A), (1.5, B - 0.5 * C))),
+        ("mixture(2: a)", normalize(A)),
+        ("a + 0.1*uniform", A + 0.1 * uniform),
+        ("b + schedule(0: 1, 20: 0.5)*2*a", B + schedule({0: 1, 20: 0.5}) * (2 * A)),
+        ("b + schedule(0: 1, 20: 0.5)", B + schedule({0: 1, 20: 0.5})),
     ],
 )
 def test_grammar(text, formula):
@@ -80,9 +115,26 @@ ERRORS = [
     ("a + 'b'", 'unexpected character "\'"', 5),
     ("unoin(a, b)", "unknown function 'unoin'", 1),
     ("__import__(a)", "unknown function '__import__'", 1),
-    ("a + topk(b, 3)", "topk(...) is not supported yet", 5),
-    ("normalize(a)", "normalize(...) is not supported yet", 1),
-    ("a + uniform", "'uniform' is reserved for an operator that is not supported yet", 5),
+    ("a + topk(b)", "topk takes one formula and 1 number, not 1 operands", 5),
+    ("topk(b, c)", "topk(...) needs a number there, not a formula", 1),
+    ("topk(2, 3)", "topk(...) needs a formula with at least one term there, not a number", 1),
+    ("topk(a, 1.5)", "topk needs a whole number of at least 1, not 1.5", 1),
+    ("topp(a, 0)", "topp needs a probability above 0 and at most 1, not 0", 1),
+    ("plausible(a, b, 1.5)", "plausible needs a share of the largest probability", 1),
+    ("self_debias(a, b, -1)", "the strength of self_debias cannot be negative (-1)", 1),
+    ("mixture(a, b)", "mixture(...) takes pairs, as in mixture(0.5: a, 0.5: b)", 1),
+    ("mixture(-1: a, 2: b)", "the weights of mixture(...) average probabilities", 1),
+    ("mixture(0: a)", "mixture(...) needs at least one operand with a positive weight", 1),
+    ("schedule(1, 2)*a", "schedule(...) takes pairs, as in schedule(0: 1, 20: 0.5)", 1),
+    ("schedule(1: 2)*a", "the first position of schedule(...) must be 0", 1),
+    ("schedule(0: 1, 0: 2)*a", "the positions of schedule(...) must ascend; 0 follows 0", 1),
+    ("schedule(0: 1, 1.5: 2)*a", "a position of schedule(...) is a whole number of generated tokens", 1),
+    ("strength(a)*b", "strength(...) needs a term that has a 'classifier'", 1),
+    ("kl_indicator(a, b, 0, 0.5)*a", "kl_indicator's top_k is a whole number, 0 for all, not 0.5", 1),
+    ("kl_indicator(a, b, 0, 0, 2)*a", "kl_indicator's include_max is 0 or 1, not 2", 1),
+    ("union(a: b, c)", "union(...) has no 'weight: operand' pairs", 1),
+    ("a : b", "a colon only stands in mixture(weight: operand, ...)", 3),
+    ("uniform(a)", "unknown function 'uniform'", 1),
     ("union + a", "'union' is an operator and cannot name a term", 1),
     ("x" * 65, "the name 'xxxxxxxxxxxxxxxx…' is longer than 64 characters", 1),
 ]
@@ -109,7 +161,7 @@ def test_errors_point_at_the_place(text, sentence, column):
     ("text", "hint"),
     [
         ("unoin(a, b)", "; did you mean 'union'?"),
-        ("foo(a, b)", "; the functions are union (max) and intersection (min)"),
+        ("foo(a, b)", "strength, superseded, topk, topp, union"),
         ("a − b", "; did you mean '-'?"),
         ("2×a", None),
         ("a ∪ b", "; did you mean 'union'?"),
@@ -214,7 +266,7 @@ def test_hostile_text_is_refused_quickly(text, limits):
     assert str(caught.value).encode()  # a server can send it
 
 
-@given(st.text(max_size=60) | st.text(alphabet="ab12.e+-*/(), union\n", max_size=60))
+@given(st.text(max_size=60) | st.text(alphabet="ab12.e+-*/():, union\n", max_size=60))
 def test_any_text_is_a_formula_or_a_formula_error(text):
     said, formula = "", None
     try:

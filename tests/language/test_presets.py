@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_marith import Formula, PresetError, Presets, Term, parse_request
+from vllm_marith import Formula, FormulaError, PresetError, Presets, Term, parse_request
 from vllm_marith.plan import lower
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "presets"
@@ -35,7 +35,8 @@ def test_terms_are_shared_between_files(write):
     }
     assert list(presets.formulas) == ["poe", "young"]
     assert presets.formulas["poe"] == Formula.parse("child + old", presets.terms, "none")
-    assert presets.descriptions == {"young": "Younger than base. (arXiv 1)", "poe": ""}
+    young = presets.presets["young"]
+    assert (young.description, young.paper) == ("Younger than base.", "arXiv 1")
     assert pickle.loads(pickle.dumps(presets)) == presets
     assert str(parse_request("young", presets=presets)) == "child - 0.5*old + 0*plain"
 
@@ -80,7 +81,7 @@ def test_the_same_definition_twice_is_one(write):
             3,
             "the term 'a': unknown key 'sytem' in a term; did you mean",
         ),
-        ("terms:\n  b: {}\n  topk: {}\n", 3, "'topk' is reserved for an operator that is not supported yet"),
+        ("terms:\n  b: {}\n  topk: {}\n", 3, "'topk' is an operator and cannot name a term"),
         ("terms:\n  1: {}\n", 2, "'terms.1' must be a string, not the number 1"),
         ("terms: [a]\n", 1, "'terms' must be a mapping, not a list"),
         ("description: x\nformula: base - base\n", 2, "the weights of the formula sum to 0"),
@@ -92,6 +93,10 @@ def test_the_same_definition_twice_is_one(write):
         ("description: x\nname: a b\nformula: base\n", 2, "'a b' cannot name a preset"),
         ("description: x\nname: base\nformula: base\n", 2, "the preset 'base' has the name of a term"),
         ("terms: {x: {}}\nformula: base\n", 1, "the preset 'x' has the name of a term"),
+        ("formula: base\nparameters:\n  base: 1\n", 3, "the parameter 'base' has the name of a term"),
+        ("formula: base\nparameters:\n  x: high\n", 2, "the parameter 'x' must be a number, not 'high'"),
+        ("formula: base\nparameters:\n  x: 1\n", 1, "the formula has no parameter 'x'"),
+        ("formula: base - x*base\nparameters:\n  x: 1\n", 1, "the weights of the formula sum to 0"),
     ],
 )
 def test_errors_name_file_line_and_reason(write, text, place, reason):
@@ -99,6 +104,22 @@ def test_errors_name_file_line_and_reason(write, text, place, reason):
     with pytest.raises(PresetError) as caught:
         Presets.load(path)
     assert str(caught.value).startswith(f"{path / 'x.yaml'}:{place}: {reason}")
+
+
+def test_parameters_can_be_changed(write):
+    path = write(
+        x="terms:\n  a: {}\nparameters:\n  strength: 0.5\n  low: 1\nformula: low*base - strength*a\n"
+    )
+    presets = Presets.load(path)
+    assert str(presets.formulas["x"]) == "base - 0.5*a"
+    assert presets.presets["x"].parameters == {"strength": 0.5, "low": 1.0}
+    assert presets.formula("x", {}) is presets.formulas["x"]
+    assert str(presets.formula("x", {"strength": 0.25})) == "base - 0.25*a"
+    assert pickle.loads(pickle.dumps(presets)).formula("x", {"low": 3}) == presets.formula("x", {"low": 3})
+    with pytest.raises(
+        FormulaError, match="the preset 'x' has no parameter 'high'; its parameters are: strength, low"
+    ):
+        presets.formula("x", {"high": 1})
 
 
 def test_a_formula_error_keeps_its_caret(write):
@@ -147,7 +168,9 @@ def test_the_shipped_presets():
         "legal": "write legal text",
     }
     for name, formula in presets.formulas.items():
-        assert presets.descriptions[name].endswith(")"), f"{name} needs a description and a paper"
+        preset = presets.presets[name]
+        assert preset.description, f"{name} needs a description"
+        assert preset.paper, f"{name} needs a paper"
         assert not formula.needs, f"{name} must run on a server that has nothing but its base model"
         assert parse_request(name, presets=presets) == formula
         lower(formula)

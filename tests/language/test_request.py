@@ -6,7 +6,7 @@ import time
 import pytest
 
 from vllm_marith import Formula, FormulaError, Presets, Term, parse_request
-from vllm_marith.language import Limits, SettingsError
+from vllm_marith.language import Limits, Preset, SettingsError
 
 
 def _formula(text, normalize="sum", **terms):
@@ -14,13 +14,20 @@ def _formula(text, normalize="sum", **terms):
 
 
 CHILD, ADULT = Term("You are a child."), Term("You are an adult.")
+TERMS = {"child": CHILD, "adult": ADULT, "both": Term("a term wins over a preset")}
 PRESETS = Presets(
-    terms={"child": CHILD, "adult": ADULT, "both": Term("a term wins over a preset")},
-    formulas={
-        "young": _formula("child - 0.6*adult", child=CHILD, adult=ADULT),
-        "poe": _formula("child + adult", "none", child=CHILD, adult=ADULT),
+    TERMS,
+    {
+        "young": Preset(
+            "young",
+            _formula("child - 0.6*adult", child=CHILD, adult=ADULT),
+            "child - strength*adult",
+            {"strength": 0.6},
+        ),
+        "poe": Preset(
+            "poe", _formula("child + adult", "none", child=CHILD, adult=ADULT), "child + adult", {}
+        ),
     },
-    descriptions={},
 )
 
 
@@ -73,6 +80,39 @@ def test_a_preset_stands_for_its_formula():
     assert parse_request("young", presets=PRESETS) == PRESETS.formulas["young"]
     assert str(parse_request("2*young + base", presets=PRESETS)) == "2*(child - 0.6*adult) + base"
     assert str(parse_request("base - 0.5*young", presets=PRESETS)) == "base - 0.5*(child - 0.6*adult)"
+
+
+def test_parameters_are_numbers_with_names():
+    changed = parse_request('{"formula": "young", "parameters": {"strength": 0.25}}', presets=PRESETS)
+    assert changed == _formula("child - 0.25*adult", child=CHILD, adult=ADULT)
+    text = '{"formula": "young + w*base", "parameters": {"w": 2, "strength": 0.5}}'
+    assert str(parse_request(text, presets=PRESETS)) == "child - 0.5*adult + 2*base"
+    assert str(parse_request('{"formula": "w*base", "parameters": {"w": 3}}')) == "3*base"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ('{"strenth": 1}', "the formula has no parameter 'strenth'; the parameters of young are: strength"),
+        ('{"strength": "1"}', "the parameter 'strength' must be a number, not '1'"),
+        ('{"strength": true}', "the parameter 'strength' must be a number, not true"),
+        ('{"strength": 1e999}', "the parameter 'strength' must be a number, not the number inf"),
+        ('{"a b": 1}', "'a b' cannot name a parameter"),
+        ('{"uniform": 1}', "'uniform' cannot name a parameter"),
+        ('{"strength": 2}', "the weights of the formula sum to -1 (1 for child, -2 for adult)"),
+        ("[1]", "'parameters' must be a mapping, not a list"),
+    ],
+)
+def test_parameters_are_checked(parameters, sentence):
+    with pytest.raises(FormulaError) as caught:
+        parse_request(f'{{"formula": "young", "parameters": {parameters}}}', presets=PRESETS)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_name_is_a_term_or_a_parameter():
+    text = '{"formula": "a + base", "terms": {"a": {}}, "parameters": {"a": 1}}'
+    with pytest.raises(FormulaError, match="'a' is a term and a parameter of one request"):
+        parse_request(text)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +173,7 @@ REFUSALS = [
     ('{"formla": "a"}', "unknown key 'formla' in 'marith'; did you mean 'formula'?"),
     (
         '{"formula": "base", "x": 1}',
-        "unknown key 'x' in 'marith'; the keys are formula, terms, normalize",
+        "unknown key 'x' in 'marith'; the keys are formula, terms, parameters, normalize",
     ),
     ('{"formula": "base", "terms": []}', "'terms' must be a mapping, not a list"),
     ('{"formula": "base", "terms": {"a": 3}}', "the term 'a': a term must be a mapping, not the number 3"),
@@ -209,7 +249,7 @@ def test_what_is_defined_is_listed_with_a_suggestion():
 
 
 def test_a_long_list_of_names_is_cut():
-    many = Presets({f"term_{i}": Term(str(i)) for i in range(500)}, {}, {})
+    many = Presets({f"term_{i}": Term(str(i)) for i in range(500)}, {})
     with pytest.raises(FormulaError) as caught:
         parse_request("x", presets=many)
     assert len(str(caught.value)) < 400

@@ -2,7 +2,7 @@
 
 from hypothesis import given
 
-from tests.language.strategies import formulas
+from tests.language.strategies import operator_formulas
 from vllm_marith import Formula
 
 TERMS = {
@@ -41,9 +41,35 @@ def test_a_formula_that_divides_per_token():
 def test_terms_that_do_no_work():
     text = Formula.parse("0*a - b + b + child", TERMS).explain()
     assert "a      the request as it is  (leader, weight 0)" in text
-    assert "b      the request as it is  (not run: its weights cancel)" in text
+    assert "b      the request as it is  (not run: it only drafts, or its weights cancel)" in text
     assert "forward    2 rows a token" in text
     assert "fusion     linear, one pass over the logits; 1 slot" in text
+
+
+def test_stages():
+    terms = TERMS | {"judge": {"classifier": "formality", "label": "formal"}}
+    text = "topk(child, 5) + 0.5*schedule(0: 1, 9: 2)*(adult - child) + judge"
+    assert Formula.parse(text, terms).explain() == (
+        "formula    topk(child, 5) + 0.5*schedule(0: 1, 9: 2)*(adult - child) + judge\n"
+        "normalize  sum: softmax(E / N), N = 1\n"
+        "weights             1  topk(child, 5)\n"
+        "                  0.5  schedule(0: 1, 9: 2)*(adult - child)\n"
+        "                    1  judge\n"
+        "terms      child  system 'You are a child.'  (leader)\n"
+        "           adult  system 'You are an adult. You are an adult. You are an adult. You a…'\n"
+        "           judge  classifier formality, label formal\n"
+        "forward    2 rows a token, one for each term; classifiers on the likeliest tokens: judge\n"
+        "fusion     4 stages, each a row of its own; 1 slot\n"
+        "stage 1    push     child\n"
+        "           topk     5\n"
+        "stage 2    push     adult\n"
+        "           add      -1 * child\n"
+        "           scale    0.5 * schedule(0: 1, 9: 2)\n"
+        "           add      (stage 1)\n"
+        "stage 3    judge on the likeliest tokens of (stage 2)\n"
+        "stage 4    push     (stage 2)\n"
+        "           add      (stage 3)"
+    )
 
 
 def test_unnormalized():
@@ -52,7 +78,7 @@ def test_unnormalized():
     assert "                -1  adult" in text
 
 
-@given(formulas)
+@given(operator_formulas)
 def test_every_formula_can_be_explained(formula):
     lines = formula.explain().splitlines()
     assert all(len(line) > 11 for line in lines)

@@ -9,32 +9,19 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from vllm_marith.language.algebra import check_weights
+from vllm_marith.language.building import add, divide, multiply, number, scale
+from vllm_marith.language.checks import check_weights
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.limits import MAX_NESTING, Limits
 from vllm_marith.language.names import PLAIN_NAME, Normalize, check_normalize, check_term_name
 from vllm_marith.language.naming import as_number, unify
-from vllm_marith.language.nodes import (
-    Intersection,
-    Leaf,
-    Node,
-    Union,
-    add,
-    divide,
-    function_name,
-    join,
-    leaf_names,
-    nesting,
-    number,
-    rename,
-    scale,
-    to_text,
-)
+from vllm_marith.language.nodes import Leaf, Node, leaf_names, nesting, rename
+from vllm_marith.language.text import to_text
 from vllm_marith.language.validation import describe, is_text
 
 if TYPE_CHECKING:
@@ -52,40 +39,37 @@ class _Arithmetic:
     __array_ufunc__ = None
 
     def __add__(self, other: Any) -> Formula:
-        return _combine(lambda a, b: add(a, b), self, other)
+        return combine(lambda a, b: add(a, b), self, other)
 
     def __radd__(self, other: Any) -> Formula:
-        return _combine(lambda a, b: add(a, b), other, self)
+        return combine(lambda a, b: add(a, b), other, self)
 
     def __sub__(self, other: Any) -> Formula:
-        return _combine(lambda a, b: add(a, scale(-1.0, b)), self, other)
+        return combine(lambda a, b: add(a, scale(-1.0, b)), self, other)
 
     def __rsub__(self, other: Any) -> Formula:
-        return _combine(lambda a, b: add(a, scale(-1.0, b)), other, self)
+        return combine(lambda a, b: add(a, scale(-1.0, b)), other, self)
 
     def __mul__(self, other: Any) -> Formula:
-        if isinstance(other, Term | Formula):
-            raise FormulaError("the product of two formulas has no meaning; one factor must be a number")
-        factor = as_number(other)
-        return NotImplemented if factor is None else _combine(lambda a: scale(factor, a), self)
+        return combine(multiply, self, other)
 
     def __rmul__(self, other: Any) -> Formula:
-        return self.__mul__(other)
+        return combine(multiply, other, self)
 
     def __truediv__(self, other: Any) -> Formula:
         if isinstance(other, Term | Formula):
             raise FormulaError("a formula can only be divided by a number")
         divisor = as_number(other)
-        return NotImplemented if divisor is None else _combine(lambda a: divide(a, divisor), self)
+        return NotImplemented if divisor is None else combine(lambda a: divide(a, divisor), self)
 
     def __rtruediv__(self, other: Any) -> Formula:
         raise FormulaError("a formula can only be divided by a number, not be a divisor")
 
     def __neg__(self) -> Formula:
-        return _combine(lambda a: scale(-1.0, a), self)
+        return combine(lambda a: scale(-1.0, a), self)
 
     def __pos__(self) -> Formula:
-        return _combine(lambda a: a, self)
+        return combine(lambda a: a, self)
 
 
 @dataclass(frozen=True)
@@ -98,7 +82,15 @@ class Term(_Arithmetic):
             the term sees the request as it is.
         model: a constituent model of the server, by name; None is the base model.
         adapter: a LoRA adapter that the server knows, by name.
-        classifier: a classifier that the server's configuration lists, by name.
+        classifier: a classifier that the server's configuration lists, by name.  The term is then no language
+            model: its energy says how much more a token makes the text belong to a class, see `nodes`.
+        label: classifier: the class, by name or index; 1 by default.
+        minimize: classifier: the complement of the class.
+        form: classifier: "bayes", log p(y | text + x) - log p(y | text) with N = 0, or "plain", the
+            distribution log_softmax(log p(y | text + x)) with N = 1.
+        top_k: classifier: only the so many most likely tokens of the formula without its classifiers are
+            tried.
+        every: classifier: it runs at every so many generated tokens only.
         speculative_factor: run this term once for so many drafted tokens; 1 is every token.
         name: what formulas call it.  Only a label: two terms are equal when all else is.
 
@@ -111,6 +103,11 @@ class Term(_Arithmetic):
     model: str | None = field(default=None, kw_only=True)
     adapter: str | None = field(default=None, kw_only=True)
     classifier: str | None = field(default=None, kw_only=True)
+    label: str | int = field(default=1, kw_only=True)
+    minimize: bool = field(default=False, kw_only=True)
+    form: Literal["bayes", "plain"] = field(default="bayes", kw_only=True)
+    top_k: int = field(default=50, kw_only=True)
+    every: int = field(default=1, kw_only=True)
     speculative_factor: int = field(default=1, kw_only=True)
     name: str | None = field(default=None, kw_only=True, compare=False)
 
@@ -130,13 +127,40 @@ class Term(_Arithmetic):
                     f"'{reference}' of a term must be a name that the server knows, of at most 64 letters, "
                     f"digits, '_', '-' and '.' (not first), not {describe(value)}"
                 )
-        factor = self.speculative_factor
-        if isinstance(factor, bool) or not isinstance(factor, int) or factor < 1:
-            raise FormulaError(
-                f"'speculative_factor' of a term must be a whole number of at least 1, not {describe(factor)}"
-            )
+        self._check_options()
         if self.name is not None:
             check_term_name(self.name)
+
+    def _check_options(self) -> None:
+        for option in ("top_k", "every", "speculative_factor"):
+            value = getattr(self, option)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise FormulaError(
+                    f"'{option}' of a term must be a whole number of at least 1, not {describe(value)}"
+                )
+        if self.form not in ("bayes", "plain"):
+            raise FormulaError(f"'form' of a term must be 'bayes' or 'plain', not {describe(self.form)}")
+        if not isinstance(self.minimize, bool):
+            raise FormulaError(f"'minimize' of a term must be true or false, not {describe(self.minimize)}")
+        is_index = isinstance(self.label, int) and not isinstance(self.label, bool) and self.label >= 0
+        if not is_index and not (isinstance(self.label, str) and is_text(self.label)):
+            raise FormulaError(
+                f"'label' of a term must be a class's name or index, not {describe(self.label)}"
+            )
+        if self.classifier is None:
+            given = [key for key in _CLASSIFIER_OPTIONS if getattr(self, key) != _default(key)]
+            if given:
+                raise FormulaError(
+                    f"'{given[0]}' belongs to a term with a 'classifier', which this one has not"
+                )
+        elif self.model is not None or self.adapter is not None:
+            raise FormulaError("a term with a 'classifier' is no language model: no 'model' and no 'adapter'")
+        elif self.speculative_factor != 1:
+            raise FormulaError("a classifier cannot be drafted ahead: its 'speculative_factor' is 1")
+
+    def leaf(self, name: str) -> Leaf:
+        """The tree that is this term alone, under a name."""
+        return Leaf(name, "" if self.classifier is None else self.form)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -156,14 +180,18 @@ class Term(_Arithmetic):
 
     def to_dict(self) -> dict[str, Any]:
         """The request form of the term: only what differs from a plain term, and not its name."""
-        values = {key: getattr(self, key) for key in ("system", "prompt", "model", "adapter", "classifier")}
-        told = {key: value for key, value in values.items() if value is not None}
-        return (
-            told if self.speculative_factor == 1 else told | {"speculative_factor": self.speculative_factor}
-        )
+        return {key: value for key in _REQUEST_FIELDS if (value := getattr(self, key)) != _default(key)}
 
     def __str__(self) -> str:
         return str(Formula.of(self))
+
+
+_CLASSIFIER_OPTIONS: Final = ("label", "minimize", "form", "top_k", "every")
+_REQUEST_FIELDS: Final = tuple(item.name for item in fields(Term) if item.name != "name")
+
+
+def _default(key: str) -> Any:
+    return Term.__dataclass_fields__[key].default
 
 
 class Formula(_Arithmetic):
@@ -195,7 +223,7 @@ class Formula(_Arithmetic):
     @classmethod
     def of(cls, term: Term) -> Formula:
         """The formula that is this one term."""
-        return _combine(lambda a: a, term)
+        return combine(lambda a: a, term)
 
     @classmethod
     def parse(
@@ -209,7 +237,7 @@ class Formula(_Arithmetic):
         """Read a formula, e.g. `child - 0.6*adult + 2*union(child, magic)`.
 
         Args:
-            text: numbers, names, + - * / ( ), union(...) or max(...), intersection(...) or min(...).
+            text: numbers, names, + - * / ( ) and the functions of docs/semantics.md.
             terms: name -> Term, or the JSON form of one ({"system": ...}); a name without an entry is a plain
                 term, i.e. the request as it is.
             limits: bounds on the text; by default only what keeps reading it safe.
@@ -223,10 +251,14 @@ class Formula(_Arithmetic):
 
     @property
     def leader(self) -> str:
-        """Name of the first term in the formula: its prompt is what the client sees."""
-        for name in self.terms:
-            return name
-        raise FormulaError("a formula needs at least one term")
+        """Name of the first language model in the formula: its prompt is what the client sees.
+
+        Not a classifier, and not what only drafts (`superseded(small, large)`: large comes first).
+        """
+        for name, term in self.terms.items():
+            if term.classifier is None:
+                return name
+        raise FormulaError("a formula needs at least one term that is a language model")
 
     @property
     def needs(self) -> dict[str, tuple[str, ...]]:
@@ -244,20 +276,31 @@ class Formula(_Arithmetic):
         reads or uses a formula does.
 
         Raises:
-            FormulaError: no term, a total weight N that is not positive under normalize "sum", or
-                weights beyond any use.
+            FormulaError: no language model, a total weight N that is not positive under normalize "sum",
+                weights beyond any use, or a filter under a negative weight.
         """
         if not self.terms:
             raise FormulaError("a formula needs at least one term")
+        _ = self.leader
         check_weights(self.root, self.normalize)
         return self
 
-    def evaluate(self, logits: Mapping[str, Any], dtype: Any = None) -> Any:
+    def evaluate(
+        self,
+        logits: Mapping[str, Any],
+        dtype: Any = None,
+        *,
+        position: int = 0,
+        probabilities: Mapping[str, float] | None = None,
+    ) -> Any:
         """Log-probabilities of the formula, the definition that every backend is tested against.
 
         Args:
-            logits: term name -> torch tensor or numpy array [..., vocab], all of one shape.
+            logits: term name -> torch tensor or numpy array [..., vocab], all of one shape.  Of a classifier
+                in Bayes form: its energies.
             dtype: of the result; float64 by default.  The computation is in float64 whatever it is.
+            position: number of tokens generated so far, for `schedule`.
+            probabilities: classifier's name -> p(y | text so far), for `strength`.
 
         Returns:
             [..., vocab], a tensor or array as the inputs are.  A row without any allowed token is all -inf.
@@ -267,7 +310,7 @@ class Formula(_Arithmetic):
         """
         from vllm_marith.language.definition import evaluate
 
-        return evaluate(self, logits, dtype)
+        return evaluate(self, logits, dtype, position, probabilities)
 
     def explain(self) -> str:
         """The plan of the formula as text: weights, terms, program."""
@@ -336,27 +379,6 @@ class Formula(_Arithmetic):
 Operand = Term | Formula | float
 
 
-def union(*operands: Operand) -> Formula:
-    """Token-wise maximum of two or more operands: what any of them calls likely.
-
-    softmax(max(log Q1, log Q2)) minimises KL^[Q1>Q2](P||Q1) + KL^[Q2>=Q1](P||Q2) over P (the paper's union,
-    which is binary; this one takes any number).
-    """
-    return _join(Union, operands)
-
-
-def intersection(*operands: Operand) -> Formula:
-    """Token-wise minimum of two or more operands: what all of them call likely."""
-    return _join(Intersection, operands)
-
-
-def _join(kind: type[Union] | type[Intersection], operands: Sequence[Operand]) -> Formula:
-    formula = _combine(lambda *nodes: join(kind, nodes), *operands)
-    if formula is NotImplemented:
-        raise FormulaError(f"the operands of {function_name(kind)} must be terms, formulas or numbers")
-    return formula
-
-
 def _labelled(name: str, terms: Mapping[str, Term]) -> Term:
     """The term called `name`; anonymous ones stay so: a larger formula may have to number them anew."""
     if name not in terms:
@@ -365,17 +387,18 @@ def _labelled(name: str, terms: Mapping[str, Term]) -> Term:
     return term if term.name in (None, name) else replace(term, name=name)
 
 
-def _combine(build: Callable[..., Node], *operands: Any) -> Formula:
+def combine(build: Callable[..., Node], *operands: Any) -> Formula:
     """`build` applied to the operands' trees, after their terms have been given one set of names."""
     formulas: list[tuple[Node, Mapping[str, Term]]] = []
     normalizations = set()
     for operand in operands:
         if isinstance(operand, Term):
             name = operand.name or "anonymous"
-            formulas.append((Leaf(name), {name: operand}))
+            formulas.append((operand.leaf(name), {name: operand}))
         elif isinstance(operand, Formula):
             formulas.append((operand.root, operand.terms))
-            normalizations.add(operand.normalize)
+            if operand.terms:  # a schedule, say, fits into any formula
+                normalizations.add(operand.normalize)
         elif (value := as_number(operand)) is not None:
             formulas.append((number(value), {}))
         else:

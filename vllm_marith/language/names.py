@@ -6,33 +6,31 @@ import re
 from typing import Any, Final, Literal
 
 from vllm_marith.language.errors import FormulaError
-from vllm_marith.language.nodes import Intersection, Union
 from vllm_marith.language.validation import describe
 
 Normalize = Literal["sum", "none"]
 
-FUNCTIONS: Final[dict[str, type[Union] | type[Intersection]]] = {
-    "union": Union,
-    "max": Union,
-    "intersection": Intersection,
-    "min": Intersection,
-}
-# Operators that the grammar will have: naming a term like one would break that formula on the day it does.
-RESERVED: Final = frozenset(
+# Words that the grammar reads as a function, or as the constant `uniform`.
+FUNCTIONS: Final = frozenset(
     {
         "indicator",
+        "intersection",
         "kl_indicator",
+        "max",
+        "min",
         "mixture",
         "normalize",
         "plausible",
+        "schedule",
         "self_debias",
         "strength",
         "superseded",
         "topk",
         "topp",
-        "uniform",
+        "union",
     }
 )
+UNIFORM: Final = "uniform"
 BASE: Final = "base"  # the one term every server defines: the request as it is
 
 # Models, adapters and classifiers are named, never located: no slash and no dot in front, so neither a path
@@ -40,6 +38,11 @@ BASE: Final = "base"  # the one term every server defines: the request as it is
 PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,63}")
 _IDENTIFIER: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LONGEST_NAME: Final = 64
+
+
+def is_identifier(name: str) -> bool:
+    """Whether formulas can read `name` as one word."""
+    return len(name) <= _LONGEST_NAME and _IDENTIFIER.fullmatch(name) is not None
 
 
 def check_term_name(name: object) -> str:
@@ -56,12 +59,8 @@ def check_term_name(name: object) -> str:
         raise FormulaError(
             f"{name!r} cannot name a term; names have letters, digits and underscores, and no digit first"
         )
-    if name in FUNCTIONS:
+    if name in FUNCTIONS or name == UNIFORM:
         raise FormulaError(f"'{name}' is an operator and cannot name a term")
-    if name in RESERVED:
-        raise FormulaError(
-            f"'{name}' is reserved for an operator that is not supported yet; it cannot name a term"
-        )
     return name
 
 

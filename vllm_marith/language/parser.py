@@ -2,8 +2,9 @@
 
     sum      = product { ("+" | "-") product }
     product  = operand { ("*" | "/") operand }
-    operand  = { "+" | "-" } ( number | name | "(" sum ")" | function "(" sum { "," sum } ")" )
-    function = "union" | "max" | "intersection" | "min"
+    operand  = { "+" | "-" } ( number | name | "(" sum ")" | function "(" argument { "," argument } ")" )
+    argument = sum [ ":" sum ]
+    function = a word of `names.FUNCTIONS`
 
 Text comes from anyone who can reach the server, so nothing is evaluated, every bound is held while reading
 (the tokenizer is lazy: reading stops at the first bound), and signs are read in a loop, not by recursion.
@@ -17,11 +18,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from vllm_marith.language.building import add, divide, multiply, scale
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.expression import Formula, Term
 from vllm_marith.language.limits import TRUSTED, Limits
-from vllm_marith.language.names import FUNCTIONS, RESERVED, check_normalize, check_term_name
-from vllm_marith.language.nodes import Leaf, Node, Number, add, divide, join, scale, size
+from vllm_marith.language.names import FUNCTIONS, UNIFORM, check_normalize, check_term_name
+from vllm_marith.language.nodes import Node, Number, Uniform, size
+from vllm_marith.language.operators import Argument, Pair, apply
 from vllm_marith.language.validation import did_you_mean
 
 # Gives the tree that a name stands for, or raises a FormulaError (without a place: the parser knows it).
@@ -63,8 +66,8 @@ def parse_formula(
     used: dict[str, Term] = {}
 
     def resolve(name: str) -> Node:
-        used[name] = defined.get(name) or Term(name=name)
-        return Leaf(name)
+        used[name] = defined.get(check_term_name(name)) or Term(name=name)
+        return used[name].leaf(name)
 
     root = parse(text, resolve, limits)
     return Formula(root, used, check_normalize(normalize)).check()
@@ -138,22 +141,33 @@ class _Parser:
         raise self._refusal("expected a term or a number", token.position)
 
     def _call(self, function: _Token, nesting: int) -> Node:
-        kind = FUNCTIONS.get(function.text)
-        if kind is None:
+        if function.text not in FUNCTIONS:
             raise self._unknown_function(function)
         opening = self.token
         self._enter(opening, nesting)
         self._count(function)
-        operands = [self._expression(1, nesting + 1)]
+        arguments = [self._argument(nesting + 1)]
         while self.token.kind == ",":
             self._take()
-            operands.append(self._expression(1, nesting + 1))
+            arguments.append(self._argument(nesting + 1))
         self._close(opening)
-        return self._placed(function.position, lambda: join(kind, operands))
+        return self._placed(function.position, lambda: apply(function.text, arguments))
+
+    def _argument(self, nesting: int) -> Argument:
+        node = self._expression(1, nesting)
+        if self.token.kind != ":":
+            return node
+        self._take()
+        return Pair(node, self._expression(1, nesting))
 
     def _name(self, token: _Token) -> Node:
-        node = self._placed(token.position, lambda: self.resolve(check_term_name(token.text)))
+        if token.text == UNIFORM:
+            self._count(token)
+            return Uniform()
+        node = self._placed(token.position, lambda: self.resolve(token.text))
         self._count(token, size(node))
+        if isinstance(node, Number):
+            return node
         self.names.add(token.text)
         if len(self.names) > self.limits.max_terms:
             raise self._refusal(f"the formula has more than {self.limits.max_terms} terms", token.position)
@@ -172,17 +186,10 @@ class _Parser:
                 return self._placed(operator.position, lambda: add(left, right))
             case "-":
                 return self._placed(operator.position, lambda: add(left, scale(-1.0, right)))
-            case "*" if isinstance(left, Number):
-                return self._placed(operator.position, lambda: scale(left.value, right))
-            case "*" if isinstance(right, Number):
-                return self._placed(operator.position, lambda: scale(right.value, left))
+            case "*":
+                return self._placed(operator.position, lambda: multiply(left, right))
             case "/" if isinstance(right, Number):
                 return self._placed(operator.position, lambda: divide(left, right.value))
-            case "*":
-                raise self._refusal(
-                    "the product of two formulas has no meaning; one factor must be a number",
-                    operator.position,
-                )
             case _:
                 raise self._refusal("a formula can only be divided by a number", operator.position)
 
@@ -215,16 +222,17 @@ class _Parser:
             return self._refusal("this parenthesis was never opened", self.token.position)
         if self.token.kind == ",":
             return self._refusal("a comma only separates the operands of a function", self.token.position)
+        if self.token.kind == ":":
+            return self._refusal(
+                "a colon only stands in mixture(weight: operand, ...) and schedule(position: weight, ...)",
+                self.token.position,
+            )
         return self._refusal("expected an operator (+ - * /)", self.token.position)
 
     def _unknown_function(self, function: _Token) -> FormulaError:
-        if function.text in RESERVED:
-            return self._refusal(f"{function.text}(...) is not supported yet", function.position)
-        meant = did_you_mean(function.text, [*FUNCTIONS])
+        meant = did_you_mean(function.text, sorted(FUNCTIONS))
         hint = (
-            f"; did you mean '{meant}'?"
-            if meant
-            else "; the functions are union (max) and intersection (min)"
+            f"; did you mean '{meant}'?" if meant else f"; the functions are {', '.join(sorted(FUNCTIONS))}"
         )
         return self._refusal(f"unknown function '{function.text[:64]}'{hint}", function.position)
 
@@ -263,7 +271,7 @@ class _Parser:
         if match := _NAME.match(text, start):
             self.position = match.end()
             return _Token("name", match.group(), start)
-        if character in "+-*/(),":
+        if character in "+-*/(),:":
             self.position = start + 1
             return _Token(character, character, start)
         meant = _LOOKALIKES.get(character)

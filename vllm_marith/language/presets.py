@@ -6,7 +6,9 @@
     terms:                             # name -> the fields of a Term
       toxic:
         prompt: "The following text is ...\\n{input}"
-    formula: base - 0.6*toxic          # optional: a file may only define terms
+    parameters:                        # numbers that the formula names, and that a request may change
+      strength: 0.6
+    formula: base - strength*toxic     # optional: a file may only define terms
     normalize: sum                     # default
 
 The terms of all files share one name space, so that a formula in one file, or in a request, can use those of
@@ -28,8 +30,8 @@ from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.expression import Formula, Term
 from vllm_marith.language.limits import TRUSTED
 from vllm_marith.language.names import BASE, check_term_name
-from vllm_marith.language.request import resolve_formula, term_from_json
-from vllm_marith.language.validation import sentence
+from vllm_marith.language.request import check_parameters, resolve_formula, term_from_json
+from vllm_marith.language.validation import sentence, shown
 
 _SUFFIXES: Final = (".yaml", ".yml")
 
@@ -47,23 +49,68 @@ class PresetSpec(BaseModel):
     description: str = ""
     paper: str = ""
     terms: dict[str, Any] = Field(default_factory=dict)
+    parameters: dict[str, Any] = Field(default_factory=dict)
     formula: str | None = None
     normalize: Literal["sum", "none"] = "sum"
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A named formula.
+
+    Attributes:
+        name: what requests call it.
+        formula: with the parameters' default values.
+        text: the formula as written, in which the parameters are names.
+        parameters: name -> default value.
+        description: what it does, in a sentence or a few.
+        paper: where it comes from.
+    """
+
+    name: str
+    formula: Formula
+    text: str
+    parameters: Mapping[str, float]
+    description: str = ""
+    paper: str = ""
+
+
+@dataclass(frozen=True)
 class Presets:
-    """The terms and formulas that preset files define.  All three mappings are read-only, keyed by name.
+    """The terms and formulas that preset files define, by name.
 
     Attributes:
         terms: of all files together.
-        formulas: of the files that have one.
-        descriptions: of the files that have a formula: description and paper as one text.
+        presets: of the files that have a formula.
     """
 
     terms: Mapping[str, Term]
-    formulas: Mapping[str, Formula]
-    descriptions: Mapping[str, str]
+    presets: Mapping[str, Preset]
+
+    @property
+    def formulas(self) -> Mapping[str, Formula]:
+        """Name -> formula with the parameters' default values."""
+        return {name: preset.formula for name, preset in self.presets.items()}
+
+    def formula(self, name: str, parameters: Mapping[str, float]) -> Formula:
+        """The formula of the preset `name` with some of its parameters changed.
+
+        Raises:
+            KeyError: no such preset.
+            FormulaError: a parameter it does not have, or values that leave no distribution.
+        """
+        preset = self.presets[name]
+        unknown = [parameter for parameter in parameters if parameter not in preset.parameters]
+        if unknown:
+            known = ", ".join(preset.parameters) or "none"
+            raise FormulaError(
+                f"the preset '{name}' has no parameter '{shown(unknown[0])}'; its parameters are: {known}"
+            )
+        if not parameters:
+            return preset.formula
+        values = {**preset.parameters, **parameters}
+        normalize = preset.formula.normalize
+        return resolve_formula(preset.text, {}, Presets(self.terms, {}), normalize, TRUSTED, values)
 
     @classmethod
     def load(cls, path: str | Path) -> Presets:
@@ -74,10 +121,9 @@ class Presets:
         """
         files = [_File.read(file) for file in _yaml_files(Path(path))]
         terms = _shared_terms(files)
-        formulas: dict[str, Formula] = {}
-        descriptions: dict[str, str] = {}
+        presets: dict[str, Preset] = {}
         first_with: dict[str, _File] = {}
-        only_terms = cls(terms, {}, {})
+        only_terms = cls(terms, {})
         for file in files:
             if file.spec.formula is None:
                 continue
@@ -87,22 +133,21 @@ class Presets:
             if name in terms or name == BASE:
                 raise file.error(f"the preset '{name}' has the name of a term", "name")
             first_with[name] = file
-            formulas[name] = file.formula(only_terms)
-            descriptions[name] = file.description()
-        return cls(MappingProxyType(terms), MappingProxyType(formulas), MappingProxyType(descriptions))
+            presets[name] = file.preset(name, only_terms)
+        return cls(MappingProxyType(terms), MappingProxyType(presets))
 
     @classmethod
     def empty(cls) -> Presets:
         """No presets: requests have their own terms and `base`."""
-        return cls(MappingProxyType({}), MappingProxyType({}), MappingProxyType({}))
+        return cls(MappingProxyType({}), MappingProxyType({}))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Read-only views do not pickle, and the server ships its presets between processes.
-        return _rebuild, (dict(self.terms), dict(self.formulas), dict(self.descriptions))
+        return _rebuild, (dict(self.terms), dict(self.presets))
 
 
-def _rebuild(terms: dict[str, Term], formulas: dict[str, Formula], descriptions: dict[str, str]) -> Presets:
-    return Presets(MappingProxyType(terms), MappingProxyType(formulas), MappingProxyType(descriptions))
+def _rebuild(terms: dict[str, Term], presets: dict[str, Preset]) -> Presets:
+    return Presets(MappingProxyType(terms), MappingProxyType(presets))
 
 
 @dataclass(frozen=True)
@@ -154,16 +199,24 @@ class _File:
             except FormulaError as error:
                 raise self.error(error.message, "terms", name) from None
 
-    def formula(self, shared: Presets) -> Formula:
-        assert self.spec.formula is not None
+    def parameters(self) -> dict[str, float]:
         try:
-            return resolve_formula(self.spec.formula, {}, shared, self.spec.normalize, TRUSTED)
+            return check_parameters(self.spec.parameters)
+        except FormulaError as error:
+            raise self.error(error.message, "parameters") from None
+
+    def preset(self, name: str, shared: Presets) -> Preset:
+        text, values = self.spec.formula, self.parameters()
+        assert text is not None
+        taken = [parameter for parameter in values if parameter in shared.terms or parameter == BASE]
+        if taken:
+            raise self.error(f"the parameter '{taken[0]}' has the name of a term", "parameters", taken[0])
+        try:
+            formula = resolve_formula(text, {}, shared, self.spec.normalize, TRUSTED, values)
         except FormulaError as error:
             raise self.error(str(error), "formula") from None
-
-    def description(self) -> str:
-        said = " ".join(self.spec.description.split())
-        return f"{said} ({self.spec.paper})" if said and self.spec.paper else said or self.spec.paper
+        description = " ".join(self.spec.description.split())
+        return Preset(name, formula, text, values, description, self.spec.paper)
 
     def error(self, reason: str, *where: str) -> PresetError:
         return PresetError(f"{self.path}:{_line(self.lines, where)}: {reason}")

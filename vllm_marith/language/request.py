@@ -3,24 +3,29 @@
 Either a bare formula over what the server defines, or JSON:
 
     {"formula": "child - 0.6*adult", "terms": {"child": {"system": "You are a child."}}, "normalize": "sum"}
+    {"formula": "preadd", "parameters": {"strength": 0.8}}
 
-A name means, in this order: a term of the request; a term of the server's presets; a preset, i.e. its
-formula in parentheses; `base`, the request as it is.  Nothing here trusts its input.
+A name means, in this order: a parameter of the request, i.e. a number; a term of the request; a term of the
+server's presets; a preset, i.e. its formula in parentheses, with the request's values for those of its
+parameters that the request names; `base`, the request as it is.  Nothing here trusts its input.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_marith.language.building import number
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.expression import REQUEST_KEY, Formula, Term
 from vllm_marith.language.limits import Limits
-from vllm_marith.language.names import BASE, check_term_name
-from vllm_marith.language.nodes import Leaf, Node
+from vllm_marith.language.names import BASE, UNIFORM, check_term_name, is_identifier
+from vllm_marith.language.naming import as_number
+from vllm_marith.language.nodes import Node
 from vllm_marith.language.parser import parse
 from vllm_marith.language.validation import describe, did_you_mean, sentence, shown
 
@@ -39,6 +44,11 @@ class TermSpec(BaseModel):
     model: str | None = None
     adapter: str | None = None
     classifier: str | None = None
+    label: str | int = 1
+    minimize: bool = False
+    form: Literal["bayes", "plain"] = "bayes"
+    top_k: int = Field(default=50, ge=1)
+    every: int = Field(default=1, ge=1)
     speculative_factor: int = Field(default=1, ge=1)
 
 
@@ -49,7 +59,15 @@ class RequestSpec(BaseModel):
 
     formula: str
     terms: dict[str, Any] = Field(default_factory=dict)
+    parameters: dict[str, Any] = Field(default_factory=dict)
     normalize: Literal["sum", "none"] | None = None
+
+
+class NamedFormula(Protocol):
+    """What this module needs of `vllm_marith.language.presets.Preset`."""
+
+    @property
+    def parameters(self) -> Mapping[str, float]: ...
 
 
 class PresetTable(Protocol):
@@ -59,7 +77,9 @@ class PresetTable(Protocol):
     def terms(self) -> Mapping[str, Term]: ...
 
     @property
-    def formulas(self) -> Mapping[str, Formula]: ...
+    def presets(self) -> Mapping[str, NamedFormula]: ...
+
+    def formula(self, name: str, parameters: Mapping[str, float]) -> Formula: ...
 
 
 def parse_request(
@@ -88,7 +108,11 @@ def parse_request(
     if len(spec.terms) > limits.max_terms:
         raise FormulaError(f"the request defines {len(spec.terms)} terms; {limits.max_terms} is the most")
     own = {check_term_name(name): term_from_json(name, term, limits) for name, term in spec.terms.items()}
-    return resolve_formula(spec.formula, own, presets, spec.normalize, limits)
+    parameters = check_parameters(spec.parameters)
+    both = [name for name in parameters if name in own]
+    if both:
+        raise FormulaError(f"'{both[0]}' is a term and a parameter of one request")
+    return resolve_formula(spec.formula, own, presets, spec.normalize, limits, parameters)
 
 
 def resolve_formula(
@@ -97,10 +121,12 @@ def resolve_formula(
     presets: PresetTable | None,
     normalize: Literal["sum", "none"] | None,
     limits: Limits,
+    parameters: Mapping[str, float] | None = None,
 ) -> Formula:
-    """Parse `text`, every name of which must be defined by `own`, by `presets`, or be `base`."""
-    names = _Names(own, presets)
+    """Parse `text`, every name of which must be defined: by `parameters`, `own`, `presets`, or as `base`."""
+    names = _Names(own, presets, parameters or {})
     root = parse(text, names.resolve, limits)
+    names.check_parameters()
     whole = names.presets.get(text.strip(" \t\r\n()"))
     if normalize is None:
         normalize = whole.normalize if whole else "sum"
@@ -143,22 +169,54 @@ def term_from_json(name: str, value: Term | Mapping[str, Any] | object, limits: 
         raise FormulaError(f"the term '{name}': {error.message}") from None
 
 
+def check_parameters(values: Mapping[str, Any]) -> dict[str, float]:
+    """Name -> number, checked.
+
+    Raises:
+        FormulaError: a name that formulas cannot use, or a value that is no finite number.
+    """
+    checked = {}
+    for name, value in values.items():
+        if not is_identifier(name) or name == UNIFORM:
+            raise FormulaError(
+                f"'{shown(name)}' cannot name a parameter; names have letters, digits and underscores, and "
+                "no digit first"
+            )
+        found = as_number(value)
+        if found is None or not math.isfinite(found):
+            raise FormulaError(f"the parameter '{name}' must be a number, not {describe(value)}")
+        checked[name] = found
+    return checked
+
+
 class _Names:
     """What the names of one formula stand for, and which of them it used."""
 
-    def __init__(self, own: Mapping[str, Term], presets: PresetTable | None) -> None:
+    def __init__(
+        self, own: Mapping[str, Term], presets: PresetTable | None, parameters: Mapping[str, float]
+    ) -> None:
         self._own = own
+        self._table = presets
         self._preset_terms: Mapping[str, Term] = presets.terms if presets else {}
-        self._preset_formulas: Mapping[str, Formula] = presets.formulas if presets else {}
+        self._presets: Mapping[str, NamedFormula] = presets.presets if presets else {}
+        self._parameters = parameters
+        self._used_parameters: set[str] = set()
         self.terms: dict[str, Term] = {}  # used so far, by name
         self.presets: dict[str, Formula] = {}  # used so far, by name
 
     def resolve(self, name: str) -> Node:
+        if name in self._parameters:
+            self._used_parameters.add(name)
+            return number(self._parameters[name])
+        check_term_name(name)
         for table in (self._own, self._preset_terms):
             if name in table:
                 return self._use(name, table[name])
-        if name in self._preset_formulas:
-            formula = self.presets[name] = self._preset_formulas[name]
+        if name in self._presets:
+            assert self._table is not None
+            own = {p: value for p, value in self._parameters.items() if p in self._presets[name].parameters}
+            self._used_parameters.update(own)
+            formula = self.presets[name] = self._table.formula(name, own)
             for inner, term in formula.terms.items():
                 self._use(inner, term)
             return formula.root
@@ -166,16 +224,26 @@ class _Names:
             return self._use(name, Term(name=BASE))
         raise FormulaError(f"'{name[:64]}' is not defined{self._hint(name)}")
 
+    def check_parameters(self) -> None:
+        """Refuse a parameter that nothing read: it is misspelt, or the formula is not the one meant."""
+        for name in self._parameters:
+            if name not in self._used_parameters:
+                known = sorted({p for preset in self.presets for p in self._presets[preset].parameters})
+                told = (
+                    f"; the parameters of {', '.join(self.presets)} are: {', '.join(known)}" if known else ""
+                )
+                raise FormulaError(f"the formula has no parameter '{shown(name)}'{told}")
+
     def _use(self, name: str, term: Term) -> Node:
         if self.terms.setdefault(name, term) != term:
             raise FormulaError(
                 f"the term '{name}' has two definitions in this formula, the request's own and that of a "
                 "preset it names; give the request's own term another name"
             )
-        return Leaf(name)
+        return term.leaf(name)
 
     def _hint(self, name: str) -> str:
-        defined = sorted({*self._own, *self._preset_terms, *self._preset_formulas, BASE})
+        defined = sorted({*self._own, *self._preset_terms, *self._presets, BASE})
         meant = did_you_mean(name, defined)
         listed = ", ".join(defined[:_LISTED_NAMES]) + (", …" if len(defined) > _LISTED_NAMES else "")
         return (f"; did you mean '{meant}'?" if meant else ";") + f" defined are: {listed}"

@@ -1,5 +1,6 @@
 """From a formula to the program that a worker runs.  Pure Python; of ours it imports only `language`."""
 
-from vllm_marith.plan.program import NO_TERM, Instruction, Plan, lower
+from vllm_marith.plan.lowering import lower
+from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Instruction, Plan, Stage
 
-__all__ = ["NO_TERM", "Instruction", "Plan", "lower"]
+__all__ = ["NO_ROW", "UNIFORM_ROW", "Instruction", "Plan", "Stage", "lower"]

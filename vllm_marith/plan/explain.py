@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 from vllm_marith.language.algebra import parts, simplify
 from vllm_marith.language.expression import Formula, Term
-from vllm_marith.language.nodes import Number, to_text
-from vllm_marith.plan.program import NO_TERM, Instruction, Plan, lower
+from vllm_marith.language.nodes import Number
+from vllm_marith.language.text import dial_text, format_number, to_text
+from vllm_marith.plan.lowering import lower
+from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Plan, Stage
 
 _LABEL = 11  # width of the left column
 _PROMPT = 60  # characters of a prompt that are shown
+_KL_OPTIONS = ("divergence", "top_k", "include_max", "minimize")
 
 
 def explain(formula: Formula) -> str:
@@ -25,38 +28,44 @@ def explain(formula: Formula) -> str:
         _line("normalize", _normalization(formula, plan)),
         *_table("weights", _weights(formula, plan)),
         *_table("terms", _terms(formula, plan)),
-        _line("forward", f"{len(plan.terms)} rows a token, one for each term"),
-        _line("fusion", _fusion(plan)),
-        *_table("program", (_instruction(plan, instruction) for instruction in plan.instructions)),
+        _line("forward", _count(plan)),
+        _line("fusion", _fusion(plan.stages)),
     ]
+    for number, stage in enumerate(plan.stages, 1):
+        label = "program" if len(plan.stages) == 1 else f"stage {number}"
+        lines += _table(label, _stage(plan, stage))
     return "\n".join(lines)
 
 
 def _normalization(formula: Formula, plan: Plan) -> str:
     if formula.normalize == "none":
         return "none: softmax(E)"
-    if plan.divide:
-        return f"sum: softmax(E / N), N from {plan.weight[0]:.6g} to {plan.weight[1]:.6g} from token to token"
-    return f"sum: softmax(E / N), N = {plan.weight[0]:.6g}"
+    lo, hi = plan.weight
+    if plan.stages[-1].divide:
+        return f"sum: softmax(E / N), N from {lo:.6g} to {hi:.6g} from token to token"
+    return f"sum: softmax(E / N), N = {lo:.6g}"
 
 
 def _weights(formula: Formula, plan: Plan) -> Iterator[str]:
     """Weights of the formula's summands, divided by N where N is one number."""
-    total = plan.weight[0] if formula.normalize == "sum" and not plan.divide else 1.0
+    divide = plan.stages[-1].divide
+    total = plan.weight[0] if formula.normalize == "sum" and not divide else 1.0
     for weight, base in parts(simplify(formula.root)):
         if not isinstance(base, Number):
             yield f"{weight / total:>10.6g}  {to_text(base)}"
-        elif plan.divide:  # everywhere else a number in a sum changes nothing but N
+        elif divide:  # everywhere else a number in a sum changes nothing but N
             yield f"{weight / total:>10.6g}"
 
 
 def _terms(formula: Formula, plan: Plan) -> Iterator[str]:
     width = max(len(name) for name in formula.terms)
+    read = {row for stage in plan.stages for _, row, _ in stage.instructions}
+    read |= {row for stage in plan.stages for row in stage.sources}
     for name, term in formula.terms.items():
         notes = ["leader"] if name == formula.leader else []
-        if name not in plan.terms:
-            notes.append("not run: its weights cancel")
-        elif not any(term_index == plan.terms.index(name) for _, term_index, _ in plan.instructions):
+        if name not in plan.terms + plan.classifiers:
+            notes.append("not run: it only drafts, or its weights cancel")
+        elif name in plan.terms and plan.terms.index(name) not in read:
             notes.append("weight 0")
         told = f"  ({', '.join(notes)})" if notes else ""
         yield f"{name:<{width}}  {_term(term)}{told}"
@@ -70,18 +79,51 @@ def _term(term: Term) -> str:
     return ", ".join(told) or "the request as it is"
 
 
-def _fusion(plan: Plan) -> str:
-    kind = "linear, one pass over the logits" if plan.linear else "nonlinear, log-sum-exp of every term first"
-    slots = f"{plan.depth} slot{'s' if plan.depth > 1 else ''}"
-    return f"{kind}; {slots}{'; divides by N per token' if plan.divide else ''}"
+def _count(plan: Plan) -> str:
+    told = f"{len(plan.terms)} rows a token, one for each term"
+    if plan.classifiers:
+        told += f"; classifiers on the likeliest tokens: {', '.join(plan.classifiers)}"
+    return told
 
 
-def _instruction(plan: Plan, instruction: Instruction) -> str:
-    op, term, weight = instruction
-    if op == "scale" or op.startswith("pop_"):
-        return f"{op:<8} {weight:.6g}"
-    operand = "1" if term == NO_TERM else plan.terms[term]
-    return f"{op:<8} {weight:.6g} * {operand}" if weight != 1.0 else f"{op:<8} {operand}"
+def _fusion(stages: tuple[Stage, ...]) -> str:
+    linear = all(stage.linear for stage in stages)
+    kind = "linear, one pass over the logits" if linear else "nonlinear, log-sum-exp of every term first"
+    if len(stages) > 1:
+        kind = f"{len(stages)} stages, each a row of its own"
+    depth = max(stage.depth for stage in stages)
+    slots = f"{depth} slot{'s' if depth > 1 else ''}"
+    return f"{kind}; {slots}{'; divides by N per token' if stages[-1].divide else ''}"
+
+
+def _stage(plan: Plan, stage: Stage) -> Iterator[str]:
+    dials = dict[int, str]()
+    for place, dial in stage.dialled:
+        dials[place] = dials.get(place, "") + f" * {dial_text(plan.dials[dial])}"
+    for place, (op, row, weight) in enumerate(stage.instructions):
+        operand = "" if op == "scale" or op.startswith("pop_") else _row(plan, row)
+        shown = f"{weight:.6g}" if not operand else operand if weight == 1.0 else f"{weight:.6g} * {operand}"
+        yield f"{op:<8} {shown}{dials.get(place, '')}"
+    sources = ", ".join(_row(plan, row) for row in stage.sources)
+    match stage.kind:
+        case "topk" | "topp":
+            yield f"{stage.kind:<8} {format_number(stage.parameters[0])}"
+        case "plausible":
+            yield f"plausible tokens of {sources}, alpha {stage.parameters[0]:.6g}"
+        case "kl_indicator":
+            options = zip(_KL_OPTIONS, stage.parameters, strict=True)
+            yield f"kl_indicator of {sources}; " + ", ".join(f"{name} {value:g}" for name, value in options)
+        case "classifier":
+            yield f"{plan.classifiers[int(stage.parameters[0])]} on the likeliest tokens of {sources}"
+
+
+def _row(plan: Plan, row: int) -> str:
+    if row == NO_ROW:
+        return "1"
+    if row == UNIFORM_ROW:
+        return "uniform"
+    terms = len(plan.terms)
+    return plan.terms[row] if row < terms else f"(stage {row - terms + 1})"
 
 
 def _line(label: str, text: str) -> str:

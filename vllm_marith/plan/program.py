@@ -1,50 +1,97 @@
-"""Formula -> program: what a worker does for each row of logits, as plain data.
+"""What a worker does for each formula at each step, as plain data.
 
-A program is a list of instructions (op, term, weight) for a small stack machine whose slots hold, for every
-token, an energy E and, only where the plan divides, a weight N:
+A plan is a list of *stages*; each gives one row [vocab] from the rows before it, and the last one's row is
+the formula's.  Rows are numbered: row t < len(terms) holds the logits of term t, row len(terms) + s is that
+of stage s.  Most formulas have one stage.  What a stage does, by kind:
 
-    push       new slot:  E = weight * log Q_term,  N = weight
-    add        top slot:  E += weight * log Q_term,  N += weight
-    max, min   top slot:  E = max(E, weight * log Q_term);  N is that of the winner, the slot's own on a tie
+    fuse           run the program below on the rows it names
+    topk, topp     the same, then keep the k likeliest tokens, or those of mass p    parameters (k,), (p,)
+    plausible      0 where the source is at least alpha times as likely as its best token, else -inf (alpha,)
+    kl_indicator   0 where the indicator of sources (p, q) is one, else -1
+                                                     (divergence, top_k, include_max, minimize)
+    classifier     a classifier's row; its candidates are the likeliest tokens of the source     (index,)
+
+Rows of plausible and kl_indicator, and of classifiers in Bayes form, are *weightless*: energies as they are,
+with N = 0.  All other rows are distributions, log Q = log_softmax(row), with N = 1.
+
+A program is a list of instructions (op, row, weight) for a small stack machine whose slots hold, for every
+token, an energy E and a weight N:
+
+    push       new slot:  E = weight * log Q_row,  N = weight
+    add        top slot:  E += weight * log Q_row,  N += weight
+    max, min   top slot:  E = max(E, weight * log Q_row);  N is that of the winner, the slot's own on a tie
+    logadd     top slot:  E = log(exp E + weight * Q_row);  N stays
+    debias     top slot:  E += weight * min(exp E - Q_row, 0);  N stays
     scale      top slot:  E *= weight,  N *= weight
     pop_add, pop_max, pop_min
                a = pop the top slot, then as add, max, min with weight * a
+    pop_gate   a = pop the top slot, then E = weight * E_a where E >= 0, else 0;  N = weight * N_a or 0 alike
 
-For push, add, max and min the term -1 is the number one: E = 1, N = 1.  The others read no term; theirs is
-always -1.  No multiplication turns -inf into anything else, whatever the weight's sign.  The first
+For push, add, max and min row -1 is the number one, E = 1 and N = 1, and row -2 is the uniform distribution,
+E = -log(vocab) and N = 1.  scale and pop_* read no row; theirs is always -1.  No multiplication by anything
+but 0 turns -inf into anything else, whatever the weight's sign; a weight of 0 drops its operand.  The first
 instruction is a push, and exactly one slot remains at the end.
 
-The result is P = softmax(E), or softmax(E / N) where the plan divides.
+The row is E, or E / N where the stage divides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
-from vllm_marith.language.algebra import parts, simplify, weight_range
-from vllm_marith.language.expression import Formula
-from vllm_marith.language.nodes import (
-    Intersection,
-    Leaf,
-    Node,
-    Number,
-    Scale,
-    Sum,
-    Union,
-    add,
-    divide,
-    join,
-    leaf_names,
-    scale,
-)
+from vllm_marith.language.nodes import Dial
 
 Instruction = tuple[str, int, float]
+Kind = Literal["fuse", "topk", "topp", "plausible", "kl_indicator", "classifier"]
 
-# Term index of the number one, and of the instructions that read no term.
-NO_TERM: Final = -1
-# Bounds on N this close differ by rounding only: N is the same for every token.
-_CONSTANT: Final = 1e-12
+# Row of the number one, and of the instructions that read no row.
+NO_ROW: Final = -1
+UNIFORM_ROW: Final = -2
+# Instructions after which a row's own log-sum-exp no longer cancels.
+NONLINEAR: Final = frozenset({"max", "min", "pop_max", "pop_min", "logadd", "debias", "pop_gate"})
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One row of a plan; see the module's docstring.
+
+    Attributes:
+        kind: what it does.
+        instructions: the program of fuse, topk and topp.
+        divide: the program's E is divided by N token by token.  Only where N differs from token to token or
+            from step to step under normalize "sum"; everywhere else 1/N is in the weights already.
+        dialled: (instruction, dial): the instruction's weight is multiplied by the dial's value at the step.
+        parameters: of the kind.
+        sources: rows that the other kinds read.
+        weightless: the row is an energy, not a distribution.
+        depth: largest number of slots in use at once.
+    """
+
+    kind: Kind
+    instructions: tuple[Instruction, ...] = ()
+    divide: bool = False
+    dialled: tuple[tuple[int, int], ...] = ()
+    parameters: tuple[float, ...] = ()
+    sources: tuple[int, ...] = ()
+    weightless: bool = False
+    depth: int = 0
+
+    @property
+    def linear(self) -> bool:
+        """Whether E needs only the logits: a row's log-sum-exp is a constant that cancels."""
+        return not any(op in NONLINEAR for op, _, _ in self.instructions)
+
+    def at(self, dials: Sequence[float]) -> tuple[Instruction, ...]:
+        """The instructions with the dials' values of one step in their weights."""
+        if not self.dialled:
+            return self.instructions
+        instructions = list(self.instructions)
+        for place, dial in self.dialled:
+            op, row, weight = instructions[place]
+            instructions[place] = op, row, weight * dials[dial]
+        return tuple(instructions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,144 +99,16 @@ class Plan:
     """A formula ready to run.  Plain data: it is pickled, and read by packages that know nothing of this one.
 
     Attributes:
-        terms: names, leader first, the others in order of first appearance.  A term whose weights cancel is
-            left out; the leader stays, because its tokens are what the client sees.
-        instructions: the program; term indices point into `terms`.
-        depth: largest number of slots in use at once.
-        linear: no max or min.  Then E needs only the logits: a row's log-sum-exp is a constant that cancels.
-        divide: E must be divided by N per token.  Only nonlinear formulas under normalize "sum" whose N is
-            not the same for all tokens; everywhere else 1/N is in the weights already.
+        terms: names of the language models, leader first, the others in order of first appearance.  A term
+            whose weights cancel is left out; the leader stays, because its tokens are what the client sees.
+        stages: in an order in which each reads only earlier ones.
+        dials: factors whose values are only known at each step.
+        classifiers: names of the classifier terms that run.
         weight: (lowest, highest) N of the formula as written, before any 1/N.
     """
 
     terms: tuple[str, ...]
-    instructions: tuple[Instruction, ...]
-    depth: int
-    linear: bool
-    divide: bool
+    stages: tuple[Stage, ...]
+    dials: tuple[Dial, ...]
+    classifiers: tuple[str, ...]
     weight: tuple[float, float]
-
-
-def lower(formula: Formula) -> Plan:
-    """The plan of a formula.
-
-    Raises:
-        FormulaError: the formula defines no distribution (`Formula.check`).
-    """
-    formula.check()
-    root = simplify(formula.root)
-    lo, hi = weight_range(root)
-    divides = formula.normalize == "sum" and hi - lo > _CONSTANT * max(abs(lo), abs(hi))
-    if not divides:
-        root = _without_numbers(root)
-        root = _distribute(divide(root, lo) if formula.normalize == "sum" else root)
-    live = set(leaf_names(root))
-    terms = tuple(name for name in formula.terms if name in live or name == formula.leader)
-    compiler = _Compiler({name: index for index, name in enumerate(terms)}, keep_order=divides)
-    compiler.push(root)
-    return Plan(
-        terms=terms,
-        instructions=tuple(compiler.instructions),
-        depth=compiler.deepest,
-        linear=not any(op.endswith(("max", "min")) for op, _, _ in compiler.instructions),
-        divide=divides,
-        weight=(lo, hi),
-    )
-
-
-def _without_numbers(root: Node) -> Node:
-    """The top-level sum without its number: a constant in E, which softmax does not see."""
-    if isinstance(root, Sum):
-        return add(*(operand for operand in root.operands if not isinstance(operand, Number)))
-    return Number(0.0) if isinstance(root, Number) else root
-
-
-def _distribute(node: Node, factor: float = 1.0) -> Node:
-    """`factor * node` with positive factors moved into unions and intersections, where they cost nothing.
-
-    c*max(a, b) = max(c*a, c*b) for c > 0.  For c < 0 it would be a min, which treats -inf differently.
-    Only for plans that do not divide: a product rounded differently may decide a tie, and N, differently.
-    """
-    match node:
-        case Sum(operands):
-            return add(*(_distribute(operand, factor) for operand in operands))
-        case Scale(inner, operand):
-            return _distribute(operand, factor * inner)
-        case Union(operands) | Intersection(operands) if factor > 0:
-            return join(type(node), [_distribute(operand, factor) for operand in operands])
-        case Union(operands) | Intersection(operands):
-            return scale(factor, join(type(node), [_distribute(operand) for operand in operands]))
-        case _:
-            return scale(factor, node)
-
-
-class _Compiler:
-    """Emits the instructions of a simplified tree and counts the slots they use."""
-
-    def __init__(self, indices: dict[str, int], keep_order: bool) -> None:
-        self.instructions: list[Instruction] = []
-        self.deepest = 0
-        self._slots = 0
-        self._indices = indices
-        # Where N depends on who wins, the first of equal operands must stay the first.
-        self._keep_order = keep_order
-
-    def push(self, node: Node) -> None:
-        """Leave the node's value in a new slot."""
-        match node:
-            case Union(operands):
-                self._combine("max", [_weighted(operand) for operand in operands], self._keep_order)
-            case Intersection(operands):
-                self._combine("min", [_weighted(operand) for operand in operands], self._keep_order)
-            case Sum():
-                self._combine("add", parts(node), keep_order=False)
-            case _:
-                self._combine("add", parts(node), keep_order=True)
-
-    def _combine(self, op: str, operands: list[tuple[float, Node]], keep_order: bool) -> None:
-        # The operand that needs most slots goes first, while no other result has to be kept.
-        ordered = operands if keep_order else sorted(operands, key=lambda operand: -_slots(operand[1]))
-        (weight, first), *others = ordered
-        if _is_leaf(first):
-            self._emit("push", self._term(first), weight, slots=1)
-        else:
-            self.push(first)
-            if weight != 1.0:
-                self._emit("scale", NO_TERM, weight)
-        for weight, other in others:
-            if _is_leaf(other):
-                self._emit(op, self._term(other), weight)
-            else:
-                self.push(other)
-                self._emit(f"pop_{op}", NO_TERM, weight, slots=-1)
-
-    def _emit(self, op: str, term: int, weight: float, slots: int = 0) -> None:
-        self.instructions.append((op, term, weight))
-        self._slots += slots
-        self.deepest = max(self.deepest, self._slots)
-
-    def _term(self, leaf: Node) -> int:
-        return self._indices[leaf.name] if isinstance(leaf, Leaf) else NO_TERM
-
-
-def _is_leaf(base: Node) -> bool:
-    return isinstance(base, Leaf | Number)
-
-
-def _weighted(operand: Node) -> tuple[float, Node]:
-    """An operand of a union as (weight, base); a sum is a base of its own here."""
-    return (1.0, operand) if isinstance(operand, Sum) else parts(operand)[0]
-
-
-def _slots(node: Node) -> int:
-    """Slots that `push` needs for a node; 0 for what one instruction combines without a slot of its own."""
-    if _is_leaf(node):
-        return 0
-    match node:
-        case Scale(_, operand):
-            return max(1, _slots(operand))
-        case Sum(operands) | Union(operands) | Intersection(operands):
-            needed = sorted((_slots(_weighted(operand)[1]) for operand in operands), reverse=True)
-            return max(needed[0], 1, *(1 + other for other in needed[1:]))
-        case _:
-            return 1
