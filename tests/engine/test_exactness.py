@@ -61,12 +61,40 @@ def expected(model: str, small: bool) -> list[reference.Reference]:
     return exactness.references(model, jobs_of(small), LENGTH)
 
 
+@cache
+def operator_jobs() -> list[workload.Job]:
+    print("seed 5")
+    return workload.operator_jobs(random.Random(5))
+
+
+@cache
+def expected_of_operators(model: str) -> list[reference.Reference]:
+    return exactness.references(model, operator_jobs(), LENGTH)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_equals_huggingface(name: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     jobs = jobs_of(case.preempts)
-    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
+    check(case, jobs, expected(str(tiny_model), case.preempts), tiny_model, monkeypatch)
 
+
+@pytest.mark.parametrize("name", ["prefix_cache", "small_cache_small_steps", "async_small_cache"])
+def test_every_operator_equals_huggingface(
+    name: str, tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(CASES[name], operator_jobs(), expected_of_operators(str(tiny_model)), tiny_model, monkeypatch)
+
+
+def check(
+    case: Case,
+    jobs: list[workload.Job],
+    wanted: list[reference.Reference],
+    tiny_model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serves the jobs together, with their scheduling as the case provokes it, and compares every token."""
+    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
     if case.asynchronous:
         asynchronous.force(monkeypatch)
     with engines.engine(tiny_model, **case.options) as llm:
@@ -77,4 +105,4 @@ def test_greedy_equals_huggingface(name: str, tiny_model: Any, monkeypatch: pyte
         preemptions = scheduler.figures.preempted
 
     assert (preemptions > 0) == case.preempts
-    exactness.assert_greedy(jobs, answers, expected(str(tiny_model), case.preempts))
+    exactness.assert_greedy(jobs, answers, wanted)

@@ -293,8 +293,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "zero": ("base / 0", "cannot be divided by zero"),
     "unknown_term": ("base - formla", "'formla' is not defined.*did you mean 'formal'"),
     "unknown_function": ("untion(base, formal)", "unknown function 'untion'.*did you mean 'union'"),
-    "reserved_function": ("topk(base)", r"topk\(\.\.\.\) is not supported yet"),
-    "reserved_name": (of_terms("base", mixture={}), "'mixture' is reserved"),
+    "operands": ("topk(base)", "topk takes one formula and 1 number, not 1 operands"),
+    "reserved_name": (of_terms("base", mixture={}), "'mixture' is an operator"),
     "one_operand": ("union(base)", "union needs at least two operands"),
     "negative_weights": ("base - 2*formal", "sum to -1 .*normalize: none"),
     "weights_of_zero": ("base - formal", "sum to 0 "),
@@ -344,7 +344,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "list": (["base"], "must be a string, a formula or the JSON of one, not a list"),
     "mapping": ({"formula": "base"}, "must be a string, a formula or the JSON of one, not a mapping"),
     "forged_group": (
-        {"prompts": [[1, 2]], "instructions": [["push", 0, 1.0]], "divide": False},
+        {"prompts": [[1, 2]], "routine": "{}"},
         "must be a string, a formula or the JSON of one, not a mapping",
     ),
 }

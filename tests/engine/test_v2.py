@@ -201,6 +201,16 @@ def test_greedy_equals_huggingface(runner: Any, tiny_model: Path, name: str) -> 
     exactness.assert_greedy(jobs(), answers, expected(str(tiny_model)))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_every_operator_equals_huggingface(runner: Any, tiny_model: Path, asynchronous: bool) -> None:
+    jobs = workload.operator_jobs(random.Random(7))
+    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
+    with runner.open(tiny_model, asynchronous=asynchronous, **SMALL) as call:
+        answers = call(exactness.generate, jobs, asked)
+        call(engines.assert_all_returned)
+    exactness.assert_greedy(jobs, answers, exactness.references(str(tiny_model), jobs, LENGTH))
+
+
 def test_plain_requests_are_plain_vllm(runner: Any, tiny_model: Path) -> None:
     plain = [Job(TEXT), Job("So it is"), Job("Magic")]
     asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=3)

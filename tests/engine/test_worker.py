@@ -13,6 +13,7 @@ import torch
 from vllm_marith.engine.group import KEY, GroupSpec, member_tags
 from vllm_marith.engine.worker import extension, runner_v2
 from vllm_marith.engine.worker.runner_v2 import FormulaState, StepGroups, TyingSampler
+from vllm_marith.plan import Plan, Stage, encode
 
 VOCAB = 7
 CPU = torch.device("cpu")
@@ -22,8 +23,9 @@ CONFIG: Any = SimpleNamespace(additional_config={})
 
 def tagged(group: str, instructions: list[Any] = LINEAR, size: int = 2) -> list[dict[str, Any]]:
     """extra_args of a group's members."""
-    spec = GroupSpec([[1]] * (size - 1), instructions, divide=False)
-    return [{KEY: tag.to_wire()} for tag in member_tags(group, spec)]
+    plan = Plan(("a", "b")[:size], (Stage("fuse", tuple(instructions), depth=1),), (), (), (1.0, 1.0))
+    spec = GroupSpec([[1]] * (size - 1), encode(plan, range(size)))
+    return [{KEY: tag.to_wire()} for tag in member_tags(group, spec, prompt_length=1)]
 
 
 def batch_of(request_ids: list[str], lengths: list[int], prompts: list[int]) -> Any:

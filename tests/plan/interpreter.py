@@ -45,7 +45,7 @@ def _row(plan: Plan, stage: Stage, rows, weightless, dials, logits):
         case "plausible":
             return np.where(filters.plausible(sources[0], *stage.parameters), 0.0, -np.inf)
         case "kl_indicator":
-            divergence, top_k, include_max, minimize = stage.parameters
+            divergence, include_max, minimize, top_k = stage.parameters
             node = KLIndicator(None, None, divergence, int(top_k), bool(include_max), bool(minimize))
             return np.where(filters.kl_indicator(*sources, node), 0.0, -1.0)
     row = _program(stage, rows, weightless, dials)
@@ -53,7 +53,7 @@ def _row(plan: Plan, stage: Stage, rows, weightless, dials, logits):
         return row
     log_p = torch.from_numpy(_log_softmax(row))
     k = stage.parameters[0]
-    kept = filters.topk(log_p, int(k)) if stage.kind == "topk" else filters.topp(log_p, k)
+    kept = filters.topk(log_p, int(k)) if stage.kind == "top_k" else filters.topp(log_p, k)
     return np.where(kept, row, -np.inf)
 
 

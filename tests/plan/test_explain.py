@@ -61,7 +61,7 @@ def test_stages():
         "forward    2 rows a token, one for each term; classifiers on the likeliest tokens: judge\n"
         "fusion     4 stages, each a row of its own; 1 slot\n"
         "stage 1    push     child\n"
-        "           topk     5\n"
+        "           top_k    5\n"
         "stage 2    push     adult\n"
         "           add      -1 * child\n"
         "           scale    0.5 * schedule(0: 1, 9: 2)\n"

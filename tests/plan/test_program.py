@@ -15,7 +15,7 @@ from .interpreter import run
 
 READ = {"push", "add", "max", "min", "logadd", "debias"}
 OPS = READ | {"scale", "pop_add", "pop_max", "pop_min", "pop_gate"}
-KINDS = {"fuse", "topk", "topp", "plausible", "kl_indicator", "classifier"}
+KINDS = {"fuse", "top_k", "top_p", "plausible", "kl_indicator", "classifier"}
 
 
 @settings(max_examples=400)
@@ -47,7 +47,7 @@ def test_a_plan_is_well_formed_plain_data(formula):
         assert all(row < terms + number for row in rows), "a stage reads earlier rows only"
         read.update(rows)
         assert stage.kind in KINDS
-        assert bool(stage.instructions) == (stage.kind in ("fuse", "topk", "topp"))
+        assert bool(stage.instructions) == (stage.kind in ("fuse", "top_k", "top_p"))
         assert not stage.instructions or stage.instructions[0][0] == "push"
         for op, row, weight in stage.instructions:
             assert op in OPS
@@ -194,8 +194,8 @@ ONE, TWO = 2, 3  # the first two stages' rows in a formula with the terms a and 
             "normalize(a - 0.5*b) + b",
             [("fuse", [("push", 0, 2), ("add", 1, -1)]), ("fuse", [("push", ONE, 0.5), ("add", 1, 0.5)])],
         ),
-        ("3*topk(2*a - b, 5)", [("topk", [("push", 0, 2), ("add", 1, -1)])]),
-        ("topp(topk(a, 5), 0.5)", [("topk", [("push", 0, 1)]), ("topp", [("push", 1, 1)])]),
+        ("3*topk(2*a - b, 5)", [("top_k", [("push", 0, 2), ("add", 1, -1)])]),
+        ("topp(topk(a, 5), 0.5)", [("top_k", [("push", 0, 1)]), ("top_p", [("push", 1, 1)])]),
         ("superseded(b, a)", [("fuse", [("push", 0, 1)])]),
         ("self_debias(a, b, 10)", [("fuse", [("push", 0, 1), ("debias", 1, 10)])]),
         ("mixture(1: a, 3: b)", [("fuse", [("push", 0, 1), ("logadd", 1, 3)])]),

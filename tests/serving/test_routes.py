@@ -45,7 +45,8 @@ def test_explain_is_the_commands_text_and_its_data(http: TestClient) -> None:
         {"weight": 1.0, "of": "union(a, b)"},
     ]
     assert plan["terms"] == TERMS
-    assert {step["op"] for step in plan["program"]} <= set(plan["text"].split())
+    (stage,) = plan["stages"]
+    assert {step["op"] for step in stage["program"]} <= set(plan["text"].split())
 
 
 def test_explain_knows_the_presets(http: TestClient) -> None:

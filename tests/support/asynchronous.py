@@ -8,6 +8,8 @@ scheduler, batch queue and model-runner path run here.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 from typing import Any
 
 import torch
@@ -35,6 +37,9 @@ def force(monkeypatch: Any) -> None:
     """Until `monkeypatch` is undone, CPU engines schedule asynchronously."""
     from vllm.platforms.cpu import CpuPlatform
 
+    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+        # It puts a stream of its own in place when it is imported, which undoing must not take away.
+        importlib.import_module("vllm.v1.worker.cpu.shm")
     monkeypatch.setattr(torch.cuda, "Stream", _Stream)
     monkeypatch.setattr(torch.cuda, "Event", _Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: _Stream())

@@ -125,7 +125,7 @@ class FakeEngine:
         from vllm.v1.request import Request
 
         leader, *followers = map(list, job.members)
-        spec = GroupSpec(followers, [("term", 0, 1.0)], False)
+        spec = GroupSpec(followers, "no worker reads it")
         return Request(
             request_id=name,
             prompt_token_ids=leader,

@@ -41,7 +41,7 @@ def generate(
     found = Reference([], [], [])
 
     def greedy(logits: dict[str, torch.Tensor], tokens: list[int]) -> int:
-        distribution = formula.evaluate(logits, dtype=torch.float64)
+        distribution = formula.evaluate(logits, dtype=torch.float64, position=len(tokens))
         best = distribution.topk(2)
         token = int(force[len(tokens)]) if force else int(best.indices[0])
         found.margins.append(float(best.values[0] - best.values[1]))

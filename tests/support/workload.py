@@ -36,6 +36,37 @@ def words(rng: random.Random, low: int, high: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
 
 
+# One of every operator; what a gate lets through is 0 at its edge, or small: rounding decides nothing.
+OPERATORS = (
+    "topk(2*a - b, 20) + 0.5*c",
+    "a - 0.9*indicator(b - a)*(b - a)",
+    "self_debias(a, b, 10) + 0.3*c",
+    "normalize(a - 0.6*b) + c",
+    "mixture(0.5: a, 0.3: b, 0.2: uniform)",
+    "plausible(a - 0.5*b, a, 0.1)",
+    "topp(a, 0.9) + schedule(0: 0.5, 5: 2, 9: 0)*union(b, c)",
+    "superseded(b, a) + 0.2*kl_indicator(c, a, 0.0001)*(c - a)",
+    "union(normalize(2*a - b), 0.5*c + 0.5*uniform)",
+)
+UNNORMALIZED = ("plausible(a - b, a, 0.1)", "a + b + schedule(0: 0, 3: 1)*c")
+
+
+def operator_jobs(rng: random.Random) -> list[Job]:
+    """A request for each of the formulas above, and plain ones between them."""
+    jobs = []
+    for formula, normalize in [*((f, "sum") for f in OPERATORS), *((f, "none") for f in UNNORMALIZED)]:
+        text = words(rng, 2, 10)
+        heads = {name: words(rng, 1, 12) for name in "bc"}
+        terms = {name: {"system": head} for name, head in heads.items()}
+        parsed = Formula.parse(formula, terms, normalize)
+        prompts = {"a": text} | {name: f"{head}\n{text}" for name, head in heads.items()}
+        used = {name: prompts[name] for name in parsed.terms}
+        jobs.append(Job(text, parsed, used, rng.randint(0, 2)))
+        if rng.random() < 0.3:
+            jobs.append(Job(words(rng, 2, 10), priority=rng.randint(0, 2)))
+    return jobs
+
+
 def job(rng: random.Random, num_terms: int, shared: str = "", longest: int = 30) -> Job:
     """A request over `num_terms` terms of unequal prompts; 0 makes a plain request.
 

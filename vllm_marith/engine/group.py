@@ -10,7 +10,7 @@ therefore dictionaries of strings, numbers and lists (vLLM encodes them with msg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,9 +23,6 @@ FIGURES = "marith_figures"
 OWN_FORMULA = "custom"
 """Label of the figures of every formula that is not a preset."""
 
-Instruction = tuple[str, int, float]
-"""``(op, member, weight)``, see `vllm_marith.plan`; member -1 is the number one."""
-
 
 @dataclass(frozen=True)
 class GroupSpec:
@@ -34,14 +31,13 @@ class GroupSpec:
     Attributes:
         prompts: token ids of each *follower's* prompt, in member order.  The leader's prompt is
             the request's own, so a group of one member has no prompts here.
-        instructions: the formula's program over member indices.
-        divide: whether the energy is divided by a weight that differs by token.
+        routine: what a worker does with the members' logits, see `vllm_marith.plan.encode`; member i is
+            row i.
         label: under which the core's figures count this request: the preset's name.
     """
 
     prompts: list[list[int]]
-    instructions: list[Instruction]
-    divide: bool
+    routine: str
     label: str = OWN_FORMULA
 
     @property
@@ -53,7 +49,7 @@ class GroupSpec:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> GroupSpec:
-        return cls(wire["prompts"], _instructions(wire["instructions"]), wire["divide"], wire["label"])
+        return cls(**wire)
 
 
 @dataclass(frozen=True)
@@ -64,36 +60,29 @@ class MemberTag:
         group: id of the leader's request; names the group.
         index: the member's index, 0 for the leader.
         size: number of members.
-        instructions: the program; empty for followers, whose leader carries it.
-        divide: as in `GroupSpec`.
+        prompt_length: tokens of the leader's prompt; 0 for followers, who need none of the rest.
+        routine: as in `GroupSpec`.
     """
 
     group: str
     index: int
     size: int
-    instructions: list[Instruction]
-    divide: bool
+    prompt_length: int = 0
+    routine: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> MemberTag:
-        return cls(
-            wire["group"],
-            wire["index"],
-            wire["size"],
-            _instructions(wire["instructions"]),
-            wire["divide"],
-        )
+        return cls(**wire)
 
 
-def member_tags(group: str, spec: GroupSpec) -> list[MemberTag]:
-    """The tags of a group's members; only the leader's carries the program."""
-    leader = MemberTag(group, 0, spec.size, spec.instructions, spec.divide)
-    return [leader, *(MemberTag(group, i, spec.size, [], False) for i in range(1, spec.size))]
+def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberTag]:
+    """The tags of a group's members; only the leader's carries what the worker does with them.
 
-
-def _instructions(wire: Sequence[Sequence[Any]]) -> list[Instruction]:
-    # msgspec turns tuples into lists; the program's cache key needs tuples again.
-    return [(op, member, weight) for op, member, weight in wire]
+    Args:
+        prompt_length: of the leader's prompt.
+    """
+    leader = MemberTag(group, 0, spec.size, prompt_length, spec.routine)
+    return [leader, *(MemberTag(group, i, spec.size) for i in range(1, spec.size))]

@@ -334,7 +334,14 @@ LEDGER: tuple[Entry, ...] = (
         for target, names in (
             (
                 "vllm.v1.worker.gpu_model_runner:GPUModelRunner",
-                ("execute_model_state", "input_batch", "discard_request_mask", "requests", "device"),
+                (
+                    "execute_model_state",
+                    "input_batch",
+                    "discard_request_mask",
+                    "optimistic_seq_lens_cpu",
+                    "requests",
+                    "device",
+                ),
             ),
             ("vllm.v1.worker.gpu_input_batch:InputBatch", ("req_ids", "generators")),
         )

@@ -2,5 +2,6 @@
 
 from vllm_marith.plan.lowering import lower
 from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Instruction, Plan, Stage
+from vllm_marith.plan.wire import Routine, decode, encode
 
-__all__ = ["NO_ROW", "UNIFORM_ROW", "Instruction", "Plan", "Stage", "lower"]
+__all__ = ["NO_ROW", "UNIFORM_ROW", "Instruction", "Plan", "Routine", "Stage", "decode", "encode", "lower"]

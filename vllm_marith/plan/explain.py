@@ -13,7 +13,7 @@ from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Plan, Stage
 
 _LABEL = 11  # width of the left column
 _PROMPT = 60  # characters of a prompt that are shown
-_KL_OPTIONS = ("divergence", "top_k", "include_max", "minimize")
+_KL_OPTIONS = ("divergence", "include_max", "minimize", "top_k")
 
 
 def explain(formula: Formula) -> str:
@@ -106,7 +106,7 @@ def _stage(plan: Plan, stage: Stage) -> Iterator[str]:
         yield f"{op:<8} {shown}{dials.get(place, '')}"
     sources = ", ".join(_row(plan, row) for row in stage.sources)
     match stage.kind:
-        case "topk" | "topp":
+        case "top_k" | "top_p":
             yield f"{stage.kind:<8} {format_number(stage.parameters[0])}"
         case "plausible":
             yield f"plausible tokens of {sources}, alpha {stage.parameters[0]:.6g}"

@@ -34,7 +34,7 @@ from vllm_marith.language.nodes import (
     leaf_names,
     mapped,
 )
-from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Instruction, Plan, Stage
+from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Instruction, Kind, Plan, Stage
 
 # Bounds on N this close differ by rounding only: N is the same for every token and step.
 _CONSTANT: Final = 1e-12
@@ -167,7 +167,7 @@ class _Stages:
         """The row that is 0 where the indicator is one and -1 elsewhere."""
         if node not in self._rows:
             sources = self.distribution(node.p), self.distribution(node.q)
-            options = (node.divergence, float(node.top_k), float(node.include_max), float(node.minimize))
+            options = (node.divergence, float(node.include_max), float(node.minimize), float(node.top_k))
             stage = Stage("kl_indicator", parameters=options, sources=sources, weightless=True)
             self._rows[node] = self._append(stage)
         return self._rows[node]
@@ -198,7 +198,8 @@ class _Stages:
                     inner = Stage("fuse", (("push", self.distribution(operand), 1.0),), depth=1)
                 else:
                     inner = self._stage_of(operand)
-                return replace(inner, kind=kind, parameters=(parameter,))
+                kept: Kind = "top_k" if kind == "topk" else "top_p"
+                return replace(inner, kind=kept, parameters=(parameter,))
             case _:
                 return self._program(node)
 

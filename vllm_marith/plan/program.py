@@ -5,10 +5,10 @@ the formula's.  Rows are numbered: row t < len(terms) holds the logits of term t
 of stage s.  Most formulas have one stage.  What a stage does, by kind:
 
     fuse           run the program below on the rows it names
-    topk, topp     the same, then keep the k likeliest tokens, or those of mass p    parameters (k,), (p,)
+    top_k, top_p   the same, then keep the k likeliest tokens, or those of mass p    parameters (k,), (p,)
     plausible      0 where the source is at least alpha times as likely as its best token, else -inf (alpha,)
     kl_indicator   0 where the indicator of sources (p, q) is one, else -1
-                                                     (divergence, top_k, include_max, minimize)
+                                                     (divergence, include_max, minimize, top_k)
     classifier     a classifier's row; its candidates are the likeliest tokens of the source     (index,)
 
 Rows of plausible and kl_indicator, and of classifiers in Bayes form, are *weightless*: energies as they are,
@@ -44,7 +44,7 @@ from typing import Final, Literal
 from vllm_marith.language.nodes import Dial
 
 Instruction = tuple[str, int, float]
-Kind = Literal["fuse", "topk", "topp", "plausible", "kl_indicator", "classifier"]
+Kind = Literal["fuse", "top_k", "top_p", "plausible", "kl_indicator", "classifier"]
 
 # Row of the number one, and of the instructions that read no row.
 NO_ROW: Final = -1
@@ -59,7 +59,7 @@ class Stage:
 
     Attributes:
         kind: what it does.
-        instructions: the program of fuse, topk and topp.
+        instructions: the program of fuse, top_k and top_p.
         divide: the program's E is divided by N token by token.  Only where N differs from token to token or
             from step to step under normalize "sum"; everywhere else 1/N is in the weights already.
         dialled: (instruction, dial): the instruction's weight is multiplied by the dial's value at the step.

@@ -13,7 +13,8 @@ from vllm_marith.engine.group import KEY
 from vllm_marith.engine.settings import Settings
 from vllm_marith.language import Formula, FormulaError, Presets, parse_request
 from vllm_marith.language.algebra import parts, simplify
-from vllm_marith.language.nodes import Number, to_text
+from vllm_marith.language.nodes import Number
+from vllm_marith.language.text import to_text
 from vllm_marith.plan import lower
 
 from .reload import Reloader
@@ -92,7 +93,7 @@ def explanation(formula: Formula) -> dict[str, Any]:
         "formula": str(formula),
         "normalize": formula.normalize,
         "leader": formula.leader,
-        "linear": plan.linear,
+        "linear": all(stage.linear for stage in plan.stages),
         "weight": list(plan.weight),
         "summands": [
             {"weight": weight, "of": to_text(base)}
@@ -101,9 +102,16 @@ def explanation(formula: Formula) -> dict[str, Any]:
         ],
         "terms": {name: term.to_dict() for name, term in formula.terms.items()},
         "rows": len(plan.terms),
-        "program": [
-            {"op": op, "term": plan.terms[term] if term >= 0 else None, "weight": weight}
-            for op, term, weight in plan.instructions
+        "stages": [
+            {
+                "kind": stage.kind,
+                "program": [
+                    {"op": op, "row": row, "weight": weight} for op, row, weight in stage.instructions
+                ],
+                "sources": stage.sources,
+                "parameters": stage.parameters,
+            }
+            for stage in plan.stages
         ],
     }
 
@@ -113,13 +121,16 @@ def _listing(presets: Presets) -> dict[str, Any]:
         "object": "list",
         "data": [
             {
-                "name": name,
-                "formula": str(formula),
-                "normalize": formula.normalize,
-                "terms": {label: term.to_dict() for label, term in formula.terms.items()},
-                "description": presets.descriptions.get(name, ""),
+                "name": preset.name,
+                "formula": preset.text,
+                "parameters": preset.parameters,
+                "parsed": str(preset.formula),
+                "normalize": preset.formula.normalize,
+                "terms": {name: term.to_dict() for name, term in preset.formula.terms.items()},
+                "description": preset.description,
+                "paper": preset.paper,
             }
-            for name, formula in presets.formulas.items()
+            for preset in presets.presets.values()
         ],
     }
 

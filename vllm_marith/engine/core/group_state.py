@@ -72,7 +72,7 @@ def build_group(leader: Request, spec: GroupSpec, max_tokens: int) -> Group:
     """
     params = leader.sampling_params
     assert params is not None
-    tags = member_tags(leader.request_id, spec)
+    tags = member_tags(leader.request_id, spec, leader.num_prompt_tokens)
     leader.max_tokens = min(leader.max_tokens, max_tokens)
 
     # The caller's parameters are shared by the children of n > 1: replace, never change.  The

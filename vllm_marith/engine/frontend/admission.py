@@ -16,7 +16,7 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 
 from vllm_marith.language import Formula, FormulaError, Limits, Presets, Term, parse_request
-from vllm_marith.plan import Plan, lower
+from vllm_marith.plan import Plan, encode, lower
 
 from ..group import KEY, OWN_FORMULA, GroupSpec
 from ..settings import Settings
@@ -81,11 +81,8 @@ class Admission:
         members: dict[tuple[int, ...], int] = {}
         member_of = [members.setdefault(tuple(ids), len(members)) for ids in prompts]
         leader, *followers = map(list, members)
-        instructions = [
-            (op, member_of[term] if term >= 0 else term, weight) for op, term, weight in plan.instructions
-        ]
         self._check_size([len(ids) for ids in members], max_tokens)
-        return leader, GroupSpec(followers, instructions, plan.divide, label)
+        return leader, GroupSpec(followers, encode(plan, member_of), label)
 
     def _render(self, engine_input: MutableMapping[str, Any], name: str, term: Term) -> list[int]:
         if term.system is None and term.prompt is None:

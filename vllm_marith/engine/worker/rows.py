@@ -15,8 +15,11 @@ import marith_kernels
 import numpy as np
 import torch
 
+from vllm_marith.language.nodes import Schedule
+from vllm_marith.plan import Routine, Stage, decode
+
 from .. import patches
-from ..group import KEY, Instruction, MemberTag
+from ..group import KEY, MemberTag
 from .figures import FIGURES
 from .head import Head, HeadPlan, combinable
 
@@ -33,14 +36,14 @@ class RowPlan:
 
     Attributes:
         head: groups that are combined before the LM head, if there are any; the rest after it.
-        batch: the fusion programs of the step's other joint groups.
+        batch: the formulas of the step's other joint groups.
         leaders: int64 ``[groups]``, the row of each group's leader, which receives the fused row.
         followers: int64 ``[followers]``, rows whose sampled token is replaced ...
         follower_leaders: int64 ``[followers]``, ... by that of this row.
     """
 
     head: HeadPlan | None
-    batch: marith_kernels.Batch
+    batch: marith_kernels.StagedBatch
     leaders: torch.Tensor
     followers: torch.Tensor
     follower_leaders: torch.Tensor
@@ -55,7 +58,7 @@ class RowPlan:
         if not self.batch.n_groups:
             return logits
         with FIGURES.fusing():
-            fused = marith_kernels.fuse(logits, self.batch).logits
+            fused = self.batch.run(logits).logits
             # Sampling works in float32 anyway; rows of plain requests keep their values.
             logits = logits.float()
             return logits.index_copy_(0, self.leaders, fused)
@@ -66,13 +69,35 @@ class RowPlan:
             sampled.index_copy_(0, self.followers, sampled.index_select(0, self.follower_leaders))
 
 
+@dataclass(frozen=True)
+class _JointGroup:
+    """A group all of whose members sample in this step.
+
+    Attributes:
+        rows: of its members, leader first.
+        tag: the leader's.
+        routine: what is done with the rows.
+    """
+
+    rows: list[int]
+    tag: MemberTag
+    routine: Routine
+
+    def dials(self, lengths: np.ndarray) -> tuple[float, ...]:
+        """The values of the formula's dials at this step, for sequences of these lengths."""
+        position = int(lengths[self.rows[0]]) - self.tag.prompt_length
+        return tuple(dial.at(position) for dial in self.routine.dials if isinstance(dial, Schedule))
+
+
 class RowPlans:
-    """Builds `RowPlan`s and keeps the last one while the step's rows stay the same."""
+    """Builds `RowPlan`s and keeps the last one while the step's rows and dials stay the same."""
 
     def __init__(self, device: torch.device, combine_hidden_states: bool = False) -> None:
         self.device = device
         self.combine_hidden_states = combine_hidden_states
         self.key: tuple[list[str], np.ndarray] | None = None
+        self.groups: list[_JointGroup] = []
+        self.dials: list[tuple[float, ...]] = []
         self.plan: RowPlan | None = None
 
     def forget(self) -> None:
@@ -83,6 +108,7 @@ class RowPlans:
         self,
         request_ids: Sequence[str],
         discarded: np.ndarray,
+        lengths: np.ndarray,
         extra_args: Callable[[str], dict[str, Any] | None],
     ) -> RowPlan | None:
         """The plan of a step, or None when no group has joint rows in it.
@@ -90,51 +116,40 @@ class RowPlans:
         Args:
             request_ids: the request in each row.
             discarded: bool ``[rows]``, rows whose sample vLLM throws away.
+            lengths: int ``[rows]``, tokens of each sequence before the one that is sampled.
             extra_args: a request's ``SamplingParams.extra_args``.
         """
         if self.key is not None:
             ids, mask = self.key
             if ids == request_ids and np.array_equal(mask, discarded):
+                if not any(group.routine.dials for group in self.groups):
+                    return self.plan
+                dials = [group.dials(lengths) for group in self.groups]
+                if dials != self.dials:
+                    self.dials = dials
+                    self.plan = self._build(len(request_ids))
                 return self.plan
-        self.plan = self._build(request_ids, discarded, extra_args)
+        self.groups = _joint_groups(request_ids, discarded, extra_args)
+        self.dials = [group.dials(lengths) for group in self.groups]
+        self.plan = self._build(len(request_ids)) if self.groups else None
         self.key = (list(request_ids), discarded.copy())
         return self.plan
 
-    def _build(
-        self,
-        request_ids: Sequence[str],
-        discarded: np.ndarray,
-        extra_args: Callable[[str], dict[str, Any] | None],
-    ) -> RowPlan | None:
-        members: dict[str, dict[int, tuple[int, MemberTag]]] = {}
-        for row, request_id in enumerate(request_ids):
-            args = extra_args(request_id)
-            if args and KEY in args and not discarded[row]:
-                tag = MemberTag.from_wire(args[KEY])
-                members.setdefault(tag.group, {})[tag.index] = (row, tag)
-
-        programs, rows, leaders, followers, follower_leaders = [], [], [], [], []
+    def _build(self, num_rows: int) -> RowPlan:
+        pipelines, rows, followers, follower_leaders = [], [], [], []
         head_programs, head_rows = [], []
-        for group in members.values():
-            leader = group.get(0)
-            if leader is None or len(group) != leader[1].size:
-                # The scheduler never sends such a step; it fails the group there if it ever does
-                # and drops its tokens, so leaving the rows alone is safe here.
-                continue
-            row, tag = leader
-            program = _program(tuple(tag.instructions), tag.divide)
-            members_rows = [group[i][0] for i in range(tag.size)]
-            if self.combine_hidden_states and combinable(program):
+        for group, dials in zip(self.groups, self.dials, strict=True):
+            pipeline = pipeline_of(group.tag.routine, dials)
+            program = pipeline.stages[0].program
+            if self.combine_hidden_states and len(pipeline.stages) == 1 and program and combinable(program):
                 head_programs.append(program)
-                head_rows.append(members_rows)
+                head_rows.append(group.rows)
             else:
-                programs.append(program)
-                rows.append(members_rows)
-                leaders.append(row)
-            followers += members_rows[1:]
-            follower_leaders += [row] * (tag.size - 1)
-        if not programs and not head_programs:
-            return None
+                pipelines.append(pipeline)
+                rows.append(group.rows)
+            leader, *others = group.rows
+            followers += others
+            follower_leaders += [leader] * len(others)
 
         def index(values: list[int]) -> torch.Tensor:
             # A copy from ordinary memory may wait for the device.
@@ -144,17 +159,56 @@ class RowPlans:
 
         head = None
         if head_programs:
-            head = HeadPlan.build(head_programs, head_rows, len(request_ids), self.device)
+            head = HeadPlan.build(head_programs, head_rows, num_rows, self.device)
         return RowPlan(
             head,
-            marith_kernels.Batch.build(programs, rows, self.device),
-            index(leaders),
+            marith_kernels.StagedBatch.build(pipelines, rows, self.device),
+            index([members[0] for members in rows]),
             index(followers),
             index(follower_leaders),
         )
 
 
+def _joint_groups(
+    request_ids: Sequence[str], discarded: np.ndarray, extra_args: Callable[[str], dict[str, Any] | None]
+) -> list[_JointGroup]:
+    members: dict[str, dict[int, tuple[int, MemberTag]]] = {}
+    for row, request_id in enumerate(request_ids):
+        args = extra_args(request_id)
+        if args and KEY in args and not discarded[row]:
+            tag = MemberTag.from_wire(args[KEY])
+            members.setdefault(tag.group, {})[tag.index] = (row, tag)
+    groups = []
+    for group in members.values():
+        leader = group.get(0)
+        if leader is None or len(group) != leader[1].size:
+            # The scheduler never sends such a step; it fails the group there if it ever does
+            # and drops its tokens, so leaving the rows alone is safe here.
+            continue
+        tag = leader[1]
+        groups.append(_JointGroup([group[i][0] for i in range(tag.size)], tag, _routine(tag.routine)))
+    return groups
+
+
+# Requests repeat a handful of formulas; reading one costs more than finding it again.
 @lru_cache(maxsize=4096)
-def _program(instructions: tuple[Instruction, ...], divide: bool) -> marith_kernels.Program:
-    # Requests repeat a handful of formulas; encoding one costs more than finding it again.
-    return marith_kernels.Program(instructions, divide=divide)
+def _routine(text: str) -> Routine:
+    return decode(text)
+
+
+@lru_cache(maxsize=4096)
+def pipeline_of(text: str, dials: tuple[float, ...]) -> marith_kernels.Pipeline:
+    """What the kernels run for a routine (`vllm_marith.plan.encode`) at its dials' values."""
+    routine = _routine(text)
+    weightless = {routine.terms + i for i, stage in enumerate(routine.stages) if stage.weightless}
+
+    def stage_of(stage: Stage) -> marith_kernels.Stage:
+        if stage.kind == "classifier":
+            return marith_kernels.Stage("external", sources=stage.sources, weightless=stage.weightless)
+        program = None
+        if stage.instructions:
+            energies = {row for _, row, _ in stage.instructions} & weightless
+            program = marith_kernels.Program(stage.at(dials), divide=stage.divide, weightless=energies)
+        return marith_kernels.Stage(stage.kind, program, stage.parameters, stage.sources, stage.weightless)
+
+    return marith_kernels.Pipeline(routine.terms, tuple(map(stage_of, routine.stages)))

@@ -45,7 +45,8 @@ def _with_fusion(sample_tokens: Any) -> Any:
         def extra_args(request_id: str) -> dict[str, Any] | None:
             return requests[request_id].sampling_params.extra_args
 
-        plan = plans.plan_step(ids, discarded, extra_args)
+        lengths = self.optimistic_seq_lens_cpu.numpy()[: len(ids)]  # exact without drafts
+        plan = plans.plan_step(ids, discarded, lengths, extra_args)
         if plan is not None:
             with torch.inference_mode():
                 self.execute_model_state = state._replace(logits=plan.fuse(state.logits))

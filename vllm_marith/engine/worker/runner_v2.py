@@ -178,7 +178,7 @@ class StepGroups:
         # Exact without drafts.  What is short of its prompt is a chunk of it, or a held member.
         lengths = batch.seq_lens_cpu_upper_bound.numpy()[:rows]
         held = lengths < batch.prefill_len_np[:rows]
-        self.plan = self.plans.plan_step(batch.req_ids, held, self.members.get)
+        self.plan = self.plans.plan_step(batch.req_ids, held, lengths, self.members.get)
         return self.plan.compute_logits(head, hidden) if self.plan else head(hidden)
 
     def tie(self, sampled: torch.Tensor) -> None:
