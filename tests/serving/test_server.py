@@ -189,7 +189,7 @@ MALFORMED: list[tuple[Any, str]] = [
     ('{"formula": "a", "terms": {"a": {"adapter": "wizard"}}}', "adapter"),
     ('{"formula": "a", "terms": {"a": {"model": "small"}}}', "model"),
     ('{"formula": "a", "terms": {"a": {"model": "../../etc/passwd"}}}', "model"),
-    ('{"formula": "a", "terms": {"a": {"classifier": "c"}}}', "classifier"),
+    ('{"formula": "a", "terms": {"a": {"classifier": "c"}}}', "language model"),
     ('{"formula": "base", "normalize": "maybe"}', "normalize"),
     (json.dumps({"formula": "a", "terms": {"a": {"system": LONG}}}), "term 'a'"),
     (
