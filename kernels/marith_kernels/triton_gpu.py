@@ -2,7 +2,7 @@
 
 No host synchronisation, no allocation whose size depends on data, so a CUDA graph may hold it. Every kernel
 takes formulas as data; what is compiled are a few variants by logits dtype, number of terms or stack slots,
-and whether the row stride and the vocabulary are divisible by 16.
+whether the batch is `extended`, and whether the row stride and the vocabulary are divisible by 16.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ def fuse(
     row_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `marith_kernels.fusion.run`. Returns (lse, argmax)."""
-    if batch.extended:
-        raise NotImplementedError("The triton backend does not have these instructions yet; torch has them.")
     if batch.n_lse_rows:
         row_lse = logits.new_empty(logits.shape[0], dtype=torch.float32) if row_lse is None else row_lse
         triton_lse.fill(row_lse, logits, batch, vocab_size)
-    return triton_combine.combine(logits, row_lse, batch, vocab_size, out)
+    return triton_combine.combine(logits, row_lse, batch, vocab_size, out, extra)
 
 
 def warmup(dtypes: Sequence[torch.dtype], device: torch.device, vocab_size: int, stride: int) -> None:
@@ -41,9 +39,10 @@ def warmup(dtypes: Sequence[torch.dtype], device: torch.device, vocab_size: int,
     while n_terms <= triton_combine.MAX_TERMS:
         programs.append(Program([("push", 0, 1.0)] + [("add", t, 1.0) for t in range(1, n_terms)]))
         n_terms *= 2
-    for slots in triton_combine.SLOTS:
-        deep = [("push", 0, 1.0)] * slots + [("pop_add", -1, 1.0)] * (slots - 1) + [("max", 1, 1.0)]
-        programs += [Program(deep), Program(deep, divide=True)]
+    for every, last in ((triton_combine.SLOTS, "max"), (triton_combine.EXTENDED_SLOTS, "logadd")):
+        for slots in every:
+            deep = [("push", 0, 1.0)] * slots + [("pop_add", -1, 1.0)] * (slots - 1) + [(last, 1, 1.0)]
+            programs += [Program(deep), Program(deep, divide=True)]
     for dtype in dtypes:
         logits = torch.zeros(triton_combine.MAX_TERMS, stride, dtype=dtype, device=device)
         for program in programs:

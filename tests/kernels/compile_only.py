@@ -23,11 +23,18 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9 warns without
 
 import triton
-from marith_kernels import triton_combine, triton_decoding, triton_lse
+from marith_kernels import triton_combine, triton_decoding, triton_lse, triton_program
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FIXED = ("x_stride", "target_stride", "draft_stride", "out_stride", "V")  # by the model, and divisible by 16
+FIXED = (
+    "x_stride",
+    "extra_stride",
+    "target_stride",
+    "draft_stride",
+    "out_stride",
+    "V",
+)  # by the model, and divisible by 16
 ROWS = ("x_ptr", "target_ptr", "draft_ptr")
 INTEGERS = {
     "code_ptr": "*i32",
@@ -58,6 +65,9 @@ def variants() -> Iterator[Variant]:
         for slots in triton_combine.SLOTS:
             for divide in (False, True):
                 yield program(slots, divide, dtype)
+        for slots in triton_combine.EXTENDED_SLOTS:
+            for divide in (False, True):
+                yield program(slots, divide, dtype, extended=True)
     yield program(2, False, "*bf16")._replace(name="program 2 *bf16 odd vocabulary", divisible=False)
     constants = {"BLOCK": 4096, "BLOCKS": 64, "TEMPERED": True}
     yield Variant("sample *fp32", triton_decoding.sample_kernel, constants, "*fp32", 8)
@@ -68,28 +78,38 @@ def variants() -> Iterator[Variant]:
     )
 
 
-def program(slots: int, divide: bool, dtype: str, module: Any = triton_combine) -> Variant:
+def program(
+    slots: int, divide: bool, dtype: str, extended: bool = False, module: Any = triton_combine
+) -> Variant:
     block = module.block_size(slots, divide)
-    constants = {"BLOCK": block, "BLOCKS": 128, "SLOTS": slots, "DIVIDE": divide}
-    name = f"program {slots}{' divide' if divide else ''} {dtype}"
+    constants = {"BLOCK": block, "BLOCKS": 128, "SLOTS": slots, "DIVIDE": divide, "EXTENDED": extended}
+    name = f"{'extended' if extended else 'program'} {slots}{' divide' if divide else ''} {dtype}"
     return Variant(name, module.combine_program, constants, dtype)
 
 
 def with_the_trap() -> Iterator[Variant]:
     """`combine_program` where saved slots begin as another name for the top slot."""
-    source = Path(triton_combine.__file__).read_text()
+    source = Path(triton_program.__file__).read_text()
     innocent = "saved = saved + (tl.zeros([BLOCK], tl.float32),)"
     assert innocent in source
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "triton_trap.py"
-        path.write_text(source.replace(innocent, "saved = saved + (energy,)"))
-        spec = importlib.util.spec_from_file_location("marith_kernels.triton_trap", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        yield program(3, False, "*bf16", module)
+        trapped = load(Path(folder) / "triton_trap.py", source.replace(innocent, "saved = saved + (energy,)"))
+        calling = Path(triton_combine.__file__).read_text()
+        assert ".triton_program import" in calling
+        calling = calling.replace(".triton_program import", f".{trapped.__name__.split('.')[1]} import")
+        yield program(3, False, "*bf16", module=load(Path(folder) / "triton_calls_trap.py", calling))
+
+
+def load(path: Path, source: str) -> Any:
+    """A module of the package from this source."""
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(f"marith_kernels.{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
@@ -101,6 +121,8 @@ def compile_variant(variant: Variant, capability: int) -> Any:
         elif name.endswith("_ptr"):
             signature[name] = variant.dtype if name in ROWS else INTEGERS.get(name, "*fp32")
             attributes[(i,)] = [["tt.divisibility", 16]]
+        elif name == "uniform":
+            signature[name] = "fp32"
         else:
             signature[name] = "i32"
             if name in FIXED and (variant.divisible or name != "V"):

@@ -13,13 +13,15 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from marith_kernels import Batch, Program, Verified, fuse, residual, triton_combine, warmup
 
-from .cases import DTYPES, Case, check, check_ties
+from .cases import DTYPES, Case, ExtendedCase, check, check_ties
 from .decoding_laws import Requests, check_residual, check_sample, check_verify, output_distribution
+from .pipelines import NAMED, Step, check_step, steps
 from .strategies import cases
+from .test_extended import DEBIASED, GATED, MIXTURE, WEIGHED, check_minus_infinity
 from .test_fuse import DIVIDED, SUM, TERM, UNION
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -56,6 +58,53 @@ def test_every_number_of_slots(slots, divide):
     deep = [("push", i % 3, 1.0 + i / 10) for i in range(slots)] + [("max", 2, 1.1)]
     deep += [(ops[i % 3], -1, 0.7) for i in range(slots - 1)]
     run(Case((Program([*deep, ("add", -1, 99.0)], divide=divide), UNION), 1100, torch.float32, 5))
+
+
+def run_extended(case: ExtendedCase) -> None:
+    logits, batch, extra = case.logits(), case.batch(), case.extra()
+    out = torch.full((batch.n_groups, logits.shape[1]), math.nan)
+    fused = fuse(logits, batch, extra=extra, vocab_size=case.vocab_size, out=out, backend="triton")
+    check(case, fused, logits, batch, extra)
+
+
+@given(case=cases(vocab_sizes=SIZES, extended=True))
+@settings(FEW, max_examples=60)
+def test_any_extended_program_on_any_rows(case):
+    run_extended(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab_size", [1, 17, 2049])
+def test_extended_programs_of_every_dtype(dtype, vocab_size):
+    every = (MIXTURE, DEBIASED, GATED, WEIGHED, SUM)
+    run_extended(ExtendedCase(every, vocab_size, dtype, seed=vocab_size, padding=3, gap=1))
+    run_extended(ExtendedCase((SUM, TERM), vocab_size, dtype, seed=vocab_size))
+
+
+@pytest.mark.parametrize("slots", triton_combine.EXTENDED_SLOTS)
+@pytest.mark.parametrize("divide", [False, True])
+def test_every_number_of_extended_slots(slots, divide):
+    ops = ["pop_gate", "pop_max", "pop_add", "pop_min"]
+    deep = [("push", i % 3, (-1.0) ** i * (1.0 + i / 10)) for i in range(slots)] + [("logadd", 2, 1.1)]
+    deep += [(ops[i % 4], -1, 0.7) for i in range(slots - 1)] + [("debias", 1, 2.0), ("add", -1, 99.0)]
+    program = Program(deep, divide=divide, weightless=(1,) if divide else ())
+    run_extended(ExtendedCase((program, GATED), 1100, torch.float32, 5))
+
+
+@given(step=steps)
+@settings(FEW, max_examples=25)
+def test_any_pipelines(step):
+    assume(check_step(step, "triton"))
+
+
+def test_named_pipelines():
+    step = Step(tuple(NAMED.values()), 40, torch.bfloat16, seed=3, masked=0.05)
+    assert check_step(step.decided(), "triton")
+
+
+def test_minus_infinity_in_extended_programs():
+    check_minus_infinity("triton", False)
+    check_minus_infinity("triton", True)
 
 
 @pytest.mark.parametrize("n_terms", [1, 2, 3, 5, 8, 9, 16])

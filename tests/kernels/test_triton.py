@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 ROOT = Path(__file__).parents[2]
 SLOTS = (1, 2, 3, 4, 8, 32)
+EXTENDED_SLOTS = (2, 4, 8, 32)
 
 
 def child(*arguments: str, **environment: str) -> str:
@@ -51,7 +52,7 @@ def compiled(request) -> dict[str, dict]:
 
 
 def test_nothing_spills(compiled):
-    assert len(compiled) == 2 * (1 + 4 + 2 * len(SLOTS)) + 1 + 4
+    assert len(compiled) == 2 * (1 + 4 + 2 * len(SLOTS) + 2 * len(EXTENDED_SLOTS)) + 1 + 4
     for report in compiled.values():
         assert report["spills"] == report["local"] == report["stack"] == 0, report
         assert report["registers"] <= 168, report  # 3 programs of 4 warps on a multiprocessor at least
@@ -65,7 +66,9 @@ def test_loads_are_wide(compiled):
             share = 2048 // 128 * (4 if "fp32" in name else 2)
             assert report["wide_loads"] >= terms * share // 16, report
             assert report["wide_stores"] >= 4, report
-        if name.startswith(("lse", "program 1 ", "program 2 ", "statistics", "sample", "residual")):
+        if name.startswith(
+            ("lse", "program 1 ", "program 2 ", "extended 2 ", "statistics", "sample", "residual")
+        ):
             assert report["wide_loads"] >= 2, report
     assert compiled["program 2 *bf16 odd vocabulary"]["wide_loads"] == 2
 
@@ -75,6 +78,9 @@ def test_every_stack_slot_is_carried_through_the_loop(compiled):
         for slots in SLOTS:
             assert compiled[f"program {slots} {dtype}"]["carried"] == [slots, slots]
             assert compiled[f"program {slots} divide {dtype}"]["carried"] == [2 * slots, 2 * slots]
+        for slots in EXTENDED_SLOTS:
+            assert compiled[f"extended {slots} {dtype}"]["carried"] == [slots, slots]
+            assert compiled[f"extended {slots} divide {dtype}"]["carried"] == [2 * slots, 2 * slots]
 
 
 def test_the_count_shows_a_lost_slot():
