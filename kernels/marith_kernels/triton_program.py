@@ -105,19 +105,21 @@ def run_program(
         row = tl.load(op_ptr + n_code + pc)
         weight = tl.load(op_ptr + 2 * n_code + pc).to(tl.float32, bitcast=True)
         ban = tl.where(weight == 0.0, 0.0, NEG_INF)
-        normalised = (row >= 0) & (linear == 0)
         weight_n = weight
+        weightless = 0
         if EXTENDED:
-            weight_n = tl.where(op >= _WEIGHTLESS, 0.0, weight)
-            normalised = normalised & (op < _WEIGHTLESS)
+            weightless = op & _WEIGHTLESS
+            weight_n = tl.where(weightless != 0, 0.0, weight)
             op = op & _OP_BITS
         if op <= _PUSH:
             if EXTENDED:
                 x = _load_either(
                     x_ptr, x_stride, extra_ptr, extra_stride, first_extra, uniform, row, offs, V, FULL
                 )
+                normalised = (row >= 0) & (linear == 0) & (weightless == 0)
             else:
                 x = load_leaf(x_ptr, x_stride, row, offs, V, FULL)
+                normalised = (row >= 0) & (linear == 0)
             x = x - tl.load(lse_ptr + row, mask=normalised, other=0.0)
             value = times(weight, ban, x)
             if op == _PUSH:

@@ -100,5 +100,6 @@ for variant in c.variants():
         assert report["spills"] == 0 and report["wide_loads"] >= 2, report
         print("compiled", variant.name)
 """
-    output = child("-c", code, PYTHONPATH=str(ROOT / "tests" / "kernels"))
+    path = os.pathsep.join([str(ROOT / "tests" / "kernels"), os.environ.get("PYTHONPATH", "")])
+    output = child("-c", code, PYTHONPATH=path)
     assert output.count("compiled") == 4, output
