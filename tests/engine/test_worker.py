@@ -247,12 +247,13 @@ def test_the_worker_extension_installs_the_hooks_and_gives_the_operators_class(
     assert extension.name_over(over) == over
     assert not installed
     assert look_up(ours) is extension.FormulaWorker
+    assert installed == [True]
     assert look_up(over) is look_up(over)
     assert look_up(over).__mro__[1:3] == (look_up(ours), look_up("collections.abc.Mapping"))
     assert installed
     assert all(installed)
     with pytest.raises(AttributeError, match="Formulas"):
-        look_up(ours.replace("FormulaWorker", "Formulas"))
+        look_up(ours.replace(extension._PREFIX, "Formulas"))
 
 
 def test_the_registered_class_serves_both_runners(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 
 from .figures import FIGURES
 
-_PREFIX = "FormulaWorker"
+# No attribute that the module has: looking it up must come to __getattr__.
+_PREFIX = "WithFormulas"
 
 
 class FormulaWorker:
