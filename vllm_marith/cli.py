@@ -3,6 +3,7 @@
     marith models     make the embedded models, or list them
     marith demo       watch formulas steer a model on this machine
     marith explain    what a formula means, without running it
+    marith import     a formula saved by the paper's reference implementation, as a preset
     marith check      whether this environment can serve formulas
     marith bench      the benchmarks of a checkout
 
@@ -24,6 +25,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_marith.importing import SavedFormulaError, preset_name, read_saved
 from vllm_marith.language import Formula, FormulaError, PresetError, Presets, parse_request
 from vllm_marith.models import ARTEFACTS, ModelsError, Paths, default_home, ensure
 from vllm_marith.models.store import is_made, manifest, summary
@@ -114,13 +116,50 @@ def explain(
         str | None, typer.Option(help="""Terms as JSON: '{"child": {"system": "You are a child."}}'.""")
     ] = None,
     presets: Annotated[
-        Path | None,
-        typer.Option(help="A folder of presets; every name must then be defined, as on a server."),
+        list[Path] | None,
+        typer.Option(
+            help="A folder of presets; every name must then be defined, as on a server.  Repeatable."
+        ),
     ] = None,
     normalize: Annotated[str | None, typer.Option(help="sum (the default) or none.")] = None,
 ) -> None:
     """Print what a formula means: weights, terms and the program that a step runs; or why it is refused."""
     print(_formula(formula, terms, presets, normalize).explain())
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="What `save` or `save_pretrained` wrote there.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write the preset; its name is the file's.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Which of the file's models the server serves (default: its default or leading one)."
+        ),
+    ] = None,
+) -> None:
+    """Turn a formula saved by the paper's reference implementation into a preset's YAML.
+
+    Nothing in the file is executed; what has no counterpart here is refused with its place in the file.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
+    name = preset_name((output or file).stem)
+    try:
+        preset = read_saved(text, base=base, name=name).to_yaml(name)
+    except SavedFormulaError as error:
+        raise UserError(f"{file}: {error}") from None
+    if output is None:
+        print(preset, end="")
+        return
+    try:
+        output.write_text(preset, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error}") from None
 
 
 @app.command()
@@ -164,19 +203,19 @@ def bench(context: typer.Context) -> None:
     raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
 
 
-def _formula(text: str, terms: str | None, presets: Path | None, normalize: str | None) -> Formula:
+def _formula(text: str, terms: str | None, presets: list[Path] | None, normalize: str | None) -> Formula:
     """The formula of `explain`'s arguments."""
     if text.lstrip().startswith("{"):
         if terms or normalize:
             raise UserError(
                 "a request's JSON has its own terms and normalize; --terms and --normalize do not apply"
             )
-        return parse_request(text, presets=Presets.load(presets) if presets else None)
+        return parse_request(text, presets=Presets.load(*presets) if presets else None)
     defined = _json_object(terms, "--terms") if terms else {}
-    if presets is None:
+    if not presets:
         return Formula.parse(text, defined, normalize or "sum").check()
     request = {"formula": text, "terms": defined} | ({"normalize": normalize} if normalize else {})
-    return parse_request(json.dumps(request), presets=Presets.load(presets))
+    return parse_request(json.dumps(request), presets=Presets.load(*presets))
 
 
 def _json_object(text: str, option: str) -> dict[str, Any]:

@@ -41,6 +41,23 @@ def test_terms_are_shared_between_files(write):
     assert str(parse_request("young", presets=presets)) == "child - 0.5*old + 0*plain"
 
 
+def test_several_folders_are_one_name_space(write, tmp_path):
+    path = write(terms="terms:\n  a: {system: hi}\n", x="formula: a - 0.5*base\n")
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "y.yaml").write_text("formula: 2*a + b\nterms: {b: {model: small}}\n")
+    assert list(Presets.load(path).presets) == ["x"]
+    both = Presets.load(path, more)
+    assert both == Presets.load(more / "y.yaml", path, path / "x.yaml", str(more))
+    assert (list(both.presets), list(both.terms)) == (["x", "y"], ["a", "b"])
+    with pytest.raises(PresetError, match=r"y\.yaml:1: 'a' is not defined"):
+        Presets.load(more)
+    (more / "z.yaml").write_text("name: x\nformula: b\n")
+    with pytest.raises(PresetError, match=rf"z\.yaml:1: the preset 'x' is also defined in {path / 'x.yaml'}"):
+        Presets.load(path, more)
+    assert Presets.load() == Presets.empty()
+
+
 def test_one_file(write):
     path = write(one="formula: base", two="formula: base")
     assert list(Presets.load(path / "one.yaml").formulas) == ["one"]

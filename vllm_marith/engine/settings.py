@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from vllm_marith.language.presets import Presets
 from vllm_marith.language.request import Limits
@@ -13,11 +13,16 @@ from vllm_marith.language.request import Limits
 from .group import KEY
 
 
+def _as_list(value: Any) -> Any:
+    """`"presets": "configs/presets"` for `"presets": ["configs/presets"]`."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
 class Settings(BaseModel):
     """What an operator may set.  Unknown keys are refused.
 
     Attributes:
-        presets: directory of preset files, or one file; see `vllm_marith.language.presets`.
+        presets: directories of preset files, or single files; see `vllm_marith.language.presets`.
         limits: bounds on what one request may ask for.
         combine_hidden_states: whether linear formulas are applied before the LM head where its law
             allows it, see `vllm_marith.engine.worker.head`; V2 model runner only.
@@ -26,7 +31,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    presets: Path | None = None
+    presets: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
     limits: Limits = Field(default_factory=Limits)
     combine_hidden_states: bool = False
     warmup: bool = True
@@ -58,4 +63,4 @@ class Settings(BaseModel):
         Raises:
             PresetError: a file is wrong; the sentence names file, line and reason.
         """
-        return Presets.load(self.presets) if self.presets else Presets.empty()
+        return Presets.load(*self.presets)

@@ -12,7 +12,9 @@
     normalize: sum                     # default
 
 The terms of all files share one name space, so that a formula in one file, or in a request, can use those of
-another.  Everything is checked when the files are read; a server with a mistake in them does not start.
+another.  A folder is read without the folders in it: what needs more than the base model, such as experts or
+classifiers, stands in folders of its own, which a server that has them names in addition.  Everything is
+checked when the files are read; a server with a mistake in them does not start.
 """
 
 from __future__ import annotations
@@ -113,13 +115,16 @@ class Presets:
         return resolve_formula(preset.text, {}, Presets(self.terms, {}), normalize, TRUSTED, values)
 
     @classmethod
-    def load(cls, path: str | Path) -> Presets:
-        """Read a directory of .yaml files (not its subdirectories), or one file.
+    def load(cls, *paths: str | Path) -> Presets:
+        """Read directories of .yaml files (not their subdirectories), and single files, as one name space.
+
+        A file that is named twice, say by itself and by its directory, is read once.
 
         Raises:
             PresetError: naming the file, the line and the reason.
         """
-        files = [_File.read(file) for file in _yaml_files(Path(path))]
+        found = {file.resolve(): file for path in paths for file in _yaml_files(Path(path))}
+        files = [_File.read(file) for file in found.values()]
         terms = _shared_terms(files)
         presets: dict[str, Preset] = {}
         first_with: dict[str, _File] = {}
