@@ -23,8 +23,8 @@ FOLDERS = {
     ),
     "experts": (
         "With other models",
-        "The terms `draft`, `expert` and `anti` are constituent models of the server, by the names of the small "
-        "embedded ones (`marith models`); `configs/presets/experts/terms.yaml` is where to put others.",
+        "The terms `draft`, `expert` and `anti` are constituent models of the server, by the names of the "
+        "small embedded ones (`marith models`); `configs/presets/experts/terms.yaml` is where to put others.",
     ),
     "classifiers": (
         "With a classifier",

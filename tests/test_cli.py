@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.saved_formulas import model, saved
 from vllm_marith import cli
 
 
@@ -22,7 +23,7 @@ def marith(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return stopped.value.code or 0
 
 
-@pytest.mark.parametrize("command", ["models", "demo", "explain", "check", "bench"])
+@pytest.mark.parametrize("command", ["models", "demo", "explain", "import", "check", "bench"])
 def test_every_command_has_help(monkeypatch, capsys, command: str) -> None:
     assert marith(monkeypatch, command, "--help") == 0
     assert "Usage: marith" in capsys.readouterr().out
@@ -43,6 +44,37 @@ def test_explain_knows_presets_and_requests(monkeypatch, capsys, tmp_path: Path)
     request = {"formula": "loud + base", "normalize": "none"}
     assert marith(monkeypatch, "explain", json.dumps(request), "--presets", str(tmp_path)) == 0
     assert "none" in capsys.readouterr().out
+
+
+def test_import_writes_a_preset_that_explain_reads(monkeypatch, capsys, tmp_path: Path) -> None:
+    file, preset = tmp_path / "saved.json", tmp_path / "less adult.yaml"
+    file.write_text((model("child", "x/one") - 0.5 * model("adult", "y/two")).text())
+    assert marith(monkeypatch, "import", str(file)) == 0
+    shown = capsys.readouterr().out
+    assert "name: saved\n" in shown
+    assert "formula: child - 0.5*adult\n" in shown
+    assert marith(monkeypatch, "import", str(file), "--output", str(preset), "--base", "y/two") == 0
+    assert capsys.readouterr().out == ""
+    assert "model: one" in preset.read_text()
+    assert marith(monkeypatch, "explain", "less_adult", "--presets", str(tmp_path)) == 0
+    assert "child - 0.5*adult" in capsys.readouterr().out
+
+
+def test_import_says_what_is_wrong(monkeypatch, capsys, tmp_path: Path) -> None:
+    file = tmp_path / "saved.json"
+    file.write_text((model("child") + saved("Abs", formula=model("adult"))).text())
+    for arguments, said in (
+        ([str(file)], f"marith: {file}: $.terms[1]: Abs has no counterpart"),
+        ([str(tmp_path)], f"marith: {tmp_path} cannot be read: "),
+        ([str(tmp_path / "nothing")], "nothing cannot be read: "),
+    ):
+        assert marith(monkeypatch, "import", *arguments) == 1
+        assert said in capsys.readouterr().err
+    file.write_text(model("child").text())
+    assert marith(monkeypatch, "import", str(file), "--base", "x") == 1
+    assert "no model is called 'x'; the models of the file are: hub/big" in capsys.readouterr().err
+    assert marith(monkeypatch, "import", str(file), "--output", str(tmp_path)) == 1
+    assert "cannot be written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

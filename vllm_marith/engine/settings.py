@@ -15,6 +15,8 @@ from .group import KEY
 
 def _as_list(value: Any) -> Any:
     """`"presets": "configs/presets"` for `"presets": ["configs/presets"]`."""
+    if value is None:
+        return []
     return value if isinstance(value, list | tuple) else [value]
 
 

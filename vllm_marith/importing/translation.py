@@ -26,6 +26,7 @@ from vllm_marith.language.nodes import (
     Superseded,
     Uniform,
     Union,
+    leaf_names,
 )
 from vllm_marith.language.validation import did_you_mean, shown
 
@@ -47,6 +48,7 @@ class Translation:
         SavedFormulaError: naming the place of what cannot be translated with the same meaning.
 
     Attributes:
+        root: the tree.
         sources: name in the tree -> model as the file has it.
         notes: what a reader should know.
     """
@@ -58,6 +60,8 @@ class Translation:
         self._candidates: list[Node] = []
         self._whole = whole
         self.root = self._node(whole, 0)
+        used = set(leaf_names(self.root))  # what a classifier's candidates are of need not be in the formula
+        self.sources = {name: source for name, source in self.sources.items() if name in used}
         for candidates in self._candidates:
             if simplify(candidates) != without_classifiers(simplify(self.root)):
                 self._note(

@@ -1,0 +1,40 @@
+"""What an operator writes under additional_config -> Settings."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vllm_marith import PresetError
+from vllm_marith.engine.settings import Settings
+
+SHIPPED = Path(__file__).parents[2] / "configs" / "presets"
+
+
+def settings(**values):
+    return Settings.of(SimpleNamespace(additional_config={"marith": values}))
+
+
+@pytest.mark.parametrize(
+    ("written", "folders"),
+    [
+        ({}, []),
+        ({"presets": None}, []),
+        ({"presets": []}, []),
+        ({"presets": str(SHIPPED)}, [""]),
+        ({"presets": [str(SHIPPED)]}, [""]),
+        ({"presets": [str(SHIPPED), str(SHIPPED / "experts")]}, ["", "experts"]),
+    ],
+)
+def test_presets_are_one_folder_or_several(written, folders):
+    found = settings(**written)
+    assert found.presets == tuple(SHIPPED / folder for folder in folders)
+    names = {file.stem for folder in folders for file in (SHIPPED / folder).glob("*.yaml")}
+    assert set(found.load_presets().presets) == names - {"terms", "embedded"}
+
+
+def test_mistakes_are_sentences():
+    with pytest.raises(ValueError, match=r"additional_config: marith\.presets\.1: "):
+        settings(presets=[str(SHIPPED), 3])
+    with pytest.raises(PresetError, match="nowhere: no such file or directory"):
+        settings(presets=[str(SHIPPED), "nowhere"]).load_presets()
