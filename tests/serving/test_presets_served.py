@@ -196,7 +196,9 @@ def test_reload_of_a_running_server(client: openai.OpenAI, url: str, served_pres
 def test_explain_and_formulas(url: str) -> None:
     with urllib.request.urlopen(f"{url}/v1/marith/formulas") as answer:
         found = {preset["name"]: preset for preset in json.load(answer)["data"]}
-    assert found["preadd"]["formula"] == "base - 0.6*toxic"
+    assert found["preadd"]["formula"] == "base - strength*toxic"
+    assert found["preadd"]["parameters"] == {"strength": 0.6}
+    assert found["preadd"]["parsed"] == "base - 0.6*toxic"
     plan = post(url, "/v1/marith/explain", b'{"formula": "preadd"}')
     assert plan["rows"] == 2
     assert plan["terms"].keys() == {"base", "toxic"}

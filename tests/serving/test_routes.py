@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 
 from tests.support import api_server
 from vllm_marith import Formula
+from vllm_marith.serving.routes import without_folders
 
 TERMS = {"a": {"system": "A."}, "b": {"prompt": "B: {input}"}}
 
@@ -96,3 +98,21 @@ def test_explain_takes_only_text(http: TestClient) -> None:
 def test_routes_are_behind_the_api_key(http: TestClient, method: str, path: str) -> None:
     for key in (None, "wrong"):
         assert api_server.client(http.app, key).request(method, path).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("folders", "sentence", "shown"),
+    [
+        (["/srv/p"], "/srv/p/x.yaml:2: no", "x.yaml:2: no"),
+        (["/srv/p/x.yaml"], "/srv/p/x.yaml:2: no", "x.yaml:2: no"),
+        (["/srv/p"], "/srv/p: no such file", "p: no such file"),
+        (
+            ["/srv/p", "/srv/p/more"],
+            "/srv/p/more/x.yaml:2: the term 'a' is defined differently in /srv/p/x.yaml; no",
+            "more/x.yaml:2: the term 'a' is defined differently in p/x.yaml; no",
+        ),
+        (["a"], "a/x.yaml:2: expected a term or a number", "x.yaml:2: expected a term or a number"),
+    ],
+)
+def test_clients_do_not_learn_where_presets_lie(folders: list[str], sentence: str, shown: str) -> None:
+    assert without_folders(sentence, [Path(folder) for folder in folders]) == shown

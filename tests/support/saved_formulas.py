@@ -89,7 +89,7 @@ def classifier(formula: Saved, name: str = "hub/judge", **settings: Any) -> Save
 def classifier_strength(name: str = "hub/judge", **settings: Any) -> Saved:
     """ClassifierStrength."""
     own = {"batch_size": None, "only_input": False, "default_output": 0.5} | settings
-    return saved("ClassifierStrength", **_model_of_text(name, 1) | own)
+    return saved("ClassifierStrength", **_model_of_text(name, 1) | {"outputs_logprobs": False} | own)
 
 
 def autocomplete() -> Saved:

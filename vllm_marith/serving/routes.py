@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -79,10 +82,20 @@ async def reload(request: Request) -> JSONResponse:
     try:
         return JSONResponse(_listing(reloader.reload_all()))
     except ValueError as error:
-        # Where on this machine the presets lie is no client's business.
-        folder = Settings.of(request.app.state.engine_client.vllm_config).presets
-        sentence = str(error).replace(f"{folder}/", "").replace(str(folder), "presets")
-        return _bad_request(f"{sentence}; the presets stay as they are")
+        folders = Settings.of(request.app.state.engine_client.vllm_config).presets
+        return _bad_request(f"{without_folders(str(error), folders)}; the presets stay as they are")
+
+
+def without_folders(sentence: str, folders: Sequence[Path]) -> str:
+    """The sentence without the way to the presets' folders: where they lie is no client's business.
+
+    Files of several folders keep the folder's own name, to be told apart.
+    """
+    for folder in sorted(folders, key=lambda folder: len(str(folder)), reverse=True):
+        path = rf"(?<![\w./-]){re.escape(str(folder))}"
+        sentence = re.sub(f"{path}/", f"{folder.name}/" if len(folders) > 1 else "", sentence)
+        sentence = re.sub(rf"{path}(?![\w./-])", folder.name, sentence)
+    return sentence
 
 
 def explanation(formula: Formula) -> dict[str, Any]:
