@@ -153,5 +153,9 @@ def test_long_sums_and_deep_ones():
     deep = A
     for _ in range(60):
         deep = saved("Normalize", formula=deep) + B
-    with pytest.raises(SavedFormulaError, match=r"^\$[^:]*: .*nested more than 64 deep$"):
-        read_saved(deep.text())
+    tempered = A
+    for _ in range(55):  # each of them is three calls here
+        tempered = top_p_top_k(tempered, top_k=5, temperature=0.5)
+    for file in (deep, tempered):
+        with pytest.raises(SavedFormulaError, match=r"^\$[^:]*: .*nested more than 64 deep$"):
+            read_saved(file.text())

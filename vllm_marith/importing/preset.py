@@ -98,7 +98,7 @@ def _read(text: str, base: str | None, name: str) -> Imported:
         raise SavedFormulaError(f"$: no model is called '{shown(base)}'; the models of the file are: {known}")
     normalize = _normalize(whole, translation.root)
     if base is None:
-        base = default or _model_of_leader(translation.root, translation.sources)
+        base = default or whole.build(lambda: _model_of_leader(translation.root, translation.sources))
     named = name_terms(translation.sources, base, {name})
     root = rename(translation.root, dict(named.names))
     notes = [
