@@ -13,6 +13,7 @@ import torch
 
 from . import triton_combine, triton_lse
 from .batch import Batch
+from .fusion import empty_rows
 from .program import Program
 
 
@@ -46,5 +47,5 @@ def warmup(dtypes: Sequence[torch.dtype], device: torch.device, vocab_size: int,
     for dtype in dtypes:
         logits = torch.zeros(triton_combine.MAX_TERMS, stride, dtype=dtype, device=device)
         for program in programs:
-            out = torch.empty(1, stride, device=device)
+            out = empty_rows(1, vocab_size, device)
             fuse(logits, Batch.build([program], rows, device), vocab_size, out)
