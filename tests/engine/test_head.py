@@ -82,7 +82,7 @@ def test_a_step_of_combinable_and_other_groups() -> None:
         for name, instructions in (("a", MEAN), ("b", union)):
             for i, args in enumerate(steps.tagged(name, instructions)):
                 groups.add_request(name if i == 0 else f"{name}-{i}", args)
-        groups.begin_step(steps.batch_of(["a-1", "plain", "b", "a", "b-1"], [9] * 5, [9] * 5))
+        groups.begin_step(steps.batch_of(["a-1", "plain", "b", "a", "b-1"], [9] * 5, [9] * 5), steps.unread)
         hidden = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(3))
         logits = groups.compute_logits(head, hidden)
         assert logits is not None

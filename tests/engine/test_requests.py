@@ -337,7 +337,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "classifier": (
         of_terms("base + a", a={"classifier": "c"}),
-        "term 'a' has its own classifier.*cannot serve yet",
+        "term 'a': this server has no classifier 'c'; it knows: none",
     ),
     "number": (5, "must be a string, a formula or the JSON of one, not the number 5"),
     "null": (None, "must be a string, a formula or the JSON of one, not null"),

@@ -28,6 +28,10 @@ def tagged(group: str, instructions: list[Any] = LINEAR, size: int = 2) -> list[
     return [{KEY: tag.to_wire()} for tag in member_tags(group, spec, prompt_length=1)]
 
 
+def unread(request_ids: Any) -> Any:
+    raise AssertionError("a formula without classifiers asked for the answer so far")
+
+
 def batch_of(request_ids: list[str], lengths: list[int], prompts: list[int]) -> Any:
     padded = torch.tensor([*lengths, 0, 0], dtype=torch.int32)  # rows of a CUDA graph that are not used
     return SimpleNamespace(
@@ -62,7 +66,7 @@ READY = batch_of(["g-1", "plain", "g"], [9, 5, 4], [9, 5, 4])
 
 def test_a_step_is_fused_once_and_tied_once(groups: StepGroups) -> None:
     logits = logits_of(3)
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     fused = fuse(groups, logits.clone())
     assert torch.equal(fused[:2], logits[:2])
     assert torch.allclose(fused[2], 2 * logits[2] - logits[0])
@@ -79,7 +83,7 @@ def test_a_step_is_fused_once_and_tied_once(groups: StepGroups) -> None:
 def test_rows_are_found_in_whatever_order(groups: StepGroups) -> None:
     logits = logits_of(3)
     for order in (["g", "g-1", "plain"], ["plain", "g", "g-1"]):
-        groups.begin_step(batch_of(order, [9] * 3, [4] * 3))
+        groups.begin_step(batch_of(order, [9] * 3, [4] * 3), unread)
         fused = fuse(groups, logits.clone())
         leader, follower = order.index("g"), order.index("g-1")
         assert torch.allclose(fused[leader], 2 * logits[leader] - logits[follower])
@@ -87,7 +91,7 @@ def test_rows_are_found_in_whatever_order(groups: StepGroups) -> None:
 
 def test_plain_rows_keep_their_values_in_half_precision(groups: StepGroups) -> None:
     logits = logits_of(3, torch.bfloat16)
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     fused = fuse(groups, logits)
     assert fused.dtype == torch.float32
     assert torch.equal(fused[:2], logits[:2].float())
@@ -96,13 +100,13 @@ def test_plain_rows_keep_their_values_in_half_precision(groups: StepGroups) -> N
 
 def test_a_padded_vocabulary(groups: StepGroups) -> None:
     logits = torch.cat([logits_of(3), torch.zeros(3, 5)], dim=1)[:, :VOCAB]
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     assert torch.allclose(fuse(groups, logits)[2], 2 * logits_of(3)[2] - logits_of(3)[0])
 
 
 @pytest.mark.parametrize("lengths", [[8, 5, 4], [9, 5, 3], [8, 5, 3]])
 def test_held_members_and_chunks_are_left_alone(groups: StepGroups, lengths: list[int]) -> None:
-    groups.begin_step(batch_of(READY.req_ids, lengths, [9, 5, 4]))
+    groups.begin_step(batch_of(READY.req_ids, lengths, [9, 5, 4]), unread)
     assert torch.equal(fuse(groups, logits_of(3)), logits_of(3))
     sampled = torch.tensor([[3], [4], [5]])
     groups.tie(sampled)
@@ -110,14 +114,14 @@ def test_held_members_and_chunks_are_left_alone(groups: StepGroups, lengths: lis
 
 
 def test_dummy_batches_have_no_members(groups: StepGroups) -> None:
-    groups.begin_step(batch_of(["req_0", "req_1"], [1, 1], [1, 1]))
+    groups.begin_step(batch_of(["req_0", "req_1"], [1, 1], [1, 1]), unread)
     groups.tie(torch.zeros(2, 1, dtype=torch.int64))  # sampled without logits: nothing to complain about
     assert torch.equal(fuse(groups, logits_of(5)), logits_of(5))
 
 
 def test_a_group_without_all_of_its_members_is_left_alone(groups: StepGroups) -> None:
     groups.remove_request("g-1")
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     assert torch.equal(fuse(groups, logits_of(3)), logits_of(3))
     groups.remove_request("g")
     groups.remove_request("plain")
@@ -125,23 +129,23 @@ def test_a_group_without_all_of_its_members_is_left_alone(groups: StepGroups) ->
 
 
 def test_an_id_may_come_back_with_another_formula(groups: StepGroups) -> None:
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     fuse(groups, logits_of(3))
     for request_id, args in zip(("g", "g-1"), tagged("g", [("push", 1, 1.0)]), strict=True):
         groups.remove_request(request_id)
         groups.add_request(request_id, args)
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     assert torch.allclose(fuse(groups, logits_of(3))[2], logits_of(3)[0])
 
 
 def test_logits_that_did_not_pass_through_us_are_noticed(groups: StepGroups) -> None:
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     with pytest.raises(RuntimeError, match="did not give"):
         groups.tie(torch.zeros(3, 1, dtype=torch.int64))
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     with pytest.raises(RuntimeError, match="3, found 6 rows"):
         fuse(groups, logits_of(6))
-    groups.begin_step(READY)
+    groups.begin_step(READY, unread)
     assert fuse(groups, logits_of(3)) is not None  # the next step is a step like any other
 
 

@@ -11,7 +11,7 @@ therefore dictionaries of strings, numbers and lists (vLLM encodes them with msg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 KEY = "marith"
@@ -20,8 +20,36 @@ KEY = "marith"
 FIGURES = "marith_figures"
 """The ``collective_rpc`` method that asks engine core and workers for their figures."""
 
+FAILURES = "marith_failures"
+"""An attribute of a step's ``ModelRunnerOutput``: group -> why the worker could not compute its formula."""
+
 OWN_FORMULA = "custom"
 """Label of the figures of every formula that is not a preset."""
+
+
+@dataclass(frozen=True)
+class ClassifierTerm:
+    """A classifier term, ready to be read: everything that a request could choose is decided.
+
+    Attributes:
+        name: the term's.
+        classifier: its name in the server's settings.
+        prefix: the text in front of the answer, i.e. the term's template with the request's input in it.
+        label: index of the class.
+        minimize: whether the class's complement is meant.
+        form: ``bayes`` or ``plain``, see `vllm_marith.engine.worker.classifiers.rows`.
+        top_k: number of candidates.
+        every: it reads at positions of the answer that are divisible by this.
+    """
+
+    name: str
+    classifier: str
+    prefix: str
+    label: int
+    minimize: bool
+    form: str
+    top_k: int
+    every: int
 
 
 @dataclass(frozen=True)
@@ -33,11 +61,13 @@ class GroupSpec:
             the request's own, so a group of one member has no prompts here.
         routine: what a worker does with the members' logits, see `vllm_marith.plan.encode`; member i is
             row i.
+        classifiers: the classifier terms that the routine counts.
         label: under which the core's figures count this request: the preset's name.
     """
 
     prompts: list[list[int]]
     routine: str
+    classifiers: list[ClassifierTerm] = field(default_factory=list)
     label: str = OWN_FORMULA
 
     @property
@@ -49,7 +79,7 @@ class GroupSpec:
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> GroupSpec:
-        return cls(**wire)
+        return cls(**_with_classifiers(wire))
 
 
 @dataclass(frozen=True)
@@ -61,7 +91,7 @@ class MemberTag:
         index: the member's index, 0 for the leader.
         size: number of members.
         prompt_length: tokens of the leader's prompt; 0 for followers, who need none of the rest.
-        routine: as in `GroupSpec`.
+        routine, classifiers: as in `GroupSpec`.
     """
 
     group: str
@@ -69,13 +99,14 @@ class MemberTag:
     size: int
     prompt_length: int = 0
     routine: str = ""
+    classifiers: list[ClassifierTerm] = field(default_factory=list)
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> MemberTag:
-        return cls(**wire)
+        return cls(**_with_classifiers(wire))
 
 
 def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberTag]:
@@ -84,5 +115,9 @@ def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberT
     Args:
         prompt_length: of the leader's prompt.
     """
-    leader = MemberTag(group, 0, spec.size, prompt_length, spec.routine)
+    leader = MemberTag(group, 0, spec.size, prompt_length, spec.routine, spec.classifiers)
     return [leader, *(MemberTag(group, i, spec.size) for i in range(1, spec.size))]
+
+
+def _with_classifiers(wire: Mapping[str, Any]) -> dict[str, Any]:
+    return {**wire, "classifiers": [ClassifierTerm(**term) for term in wire["classifiers"]]}

@@ -55,6 +55,8 @@ class Entry:
 _V1_API = "a logits hook ahead of the grammar mask"
 _V2 = "vllm.v1.worker.gpu"
 _V2_API = "a V2 logits hook ahead of the grammar mask, and one on the sampled tokens"
+_TEXT_API = "a logits hook that is told the tokens so far"
+_FAILURE_API = "an error of one request in ModelRunnerOutput"
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 _SCHEDULER_API = "a scheduler plugin API with an all-or-none scheduling hook"
@@ -343,7 +345,52 @@ LEDGER: tuple[Entry, ...] = (
                     "device",
                 ),
             ),
-            ("vllm.v1.worker.gpu_input_batch:InputBatch", ("req_ids", "generators")),
+            ("vllm.v1.worker.gpu_input_batch:InputBatch", ("req_ids", "generators", "logitsprocs")),
+        )
+    ),
+    *(
+        Entry(target, "classifiers read the answer so far", "reads", _TEXT_API, (), runner, attributes=names)
+        for target, runner, names in (
+            (
+                "vllm.v1.worker.gpu_input_batch:CachedRequestState",
+                "v1",
+                ("prompt_token_ids", "output_token_ids"),
+            ),
+            (
+                "vllm.v1.worker.gpu_input_batch:InputBatch",
+                "v1",
+                ("prev_sampled_token_ids", "prev_req_id_to_index"),
+            ),
+            (f"{_V2}.states:RequestState", "v2", ("req_id_to_index", "all_token_ids", "prompt_len")),
+        )
+    ),
+    Entry(
+        "vllm.tokenizers.registry:cached_tokenizer_from_config",
+        "candidates of classifiers are texts",
+        "reads",
+        _TEXT_API,
+        ("model_config",),
+    ),
+    Entry(
+        f"{_V2}.model_runner:GPUModelRunner.sample_tokens",
+        "groups that a classifier failed are reported with the step's output",
+        "wraps",
+        _FAILURE_API,
+        ("self", "grammar_output"),
+        runner="v2",
+    ),
+    *(
+        Entry(
+            target,
+            "asynchronous output carries what the scheduler gets in the end",
+            "reads",
+            _FAILURE_API,
+            runner=runner,
+            attributes=(name,),
+        )
+        for target, runner, name in (
+            ("vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput", "v1", "_model_runner_output"),
+            (f"{_V2}.async_utils:AsyncOutput", "v2", "model_runner_output"),
         )
     ),
     Entry(

@@ -71,17 +71,22 @@ def enable(config: VllmConfig) -> None:
     """Checks a configuration that names ``marith`` and makes it schedule groups.
 
     Raises:
-        UnsupportedError: an option that formulas cannot be served with, a wrong setting, or a wrong
-            preset file.
+        UnsupportedError: an option that formulas cannot be served with, a wrong setting, a wrong preset
+            file, or a classifier that cannot be used.
     """
+    from .classifiers import read_cards
     from .settings import Settings
 
     check_options(config)
     _check_ledger("v2" if config.use_v2_model_runner else "v1")
     try:
-        Settings.of(config).load_presets()
+        settings = Settings.of(config)
+        settings.load_presets()
+        read_cards(settings.classifiers)
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
+    if settings.classifiers and config.model_config.skip_tokenizer_init:
+        raise UnsupportedError("--skip-tokenizer-init cannot be combined with classifiers, which read text")
 
     scheduler = config.scheduler_config
     base = scheduler.get_scheduler_cls()

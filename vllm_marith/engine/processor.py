@@ -36,10 +36,12 @@ class FormulaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
         """where: the device (V1), or V2's state of all requests."""
         from .settings import Settings
         from .worker import rows, runner_v1, runner_v2
+        from .worker.classifiers.loading import load_classifiers
 
         if isinstance(where, torch.device):
             device = where
             runner_v1.install()
+            self.classifiers = load_classifiers(vllm_config, device)
         else:
             device = where.device
             if not runner_v2.installed():

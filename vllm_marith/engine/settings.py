@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from vllm_marith.language.names import PLAIN_NAME
 from vllm_marith.language.presets import Presets
 from vllm_marith.language.request import Limits
 
+from .classifiers import ClassifierSettings
 from .group import KEY
 
 
@@ -20,12 +22,23 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def _requestable(name: str) -> str:
+    if not PLAIN_NAME.fullmatch(name):
+        raise ValueError("a name has at most 64 letters, digits, '_', '-' and '.' (not first)")
+    return name
+
+
+ClassifierName = Annotated[str, AfterValidator(_requestable)]
+
+
 class Settings(BaseModel):
     """What an operator may set.  Unknown keys are refused.
 
     Attributes:
         presets: directories of preset files, or single files; see `vllm_marith.language.presets`.
         limits: bounds on what one request may ask for.
+        classifiers: name -> sequence classifier that terms may use.
+        max_classifier_texts: texts that all classifiers together may read for one token of one request.
         combine_hidden_states: whether linear formulas are applied before the LM head where its law
             allows it, see `vllm_marith.engine.worker.head`; V2 model runner only.
         warmup: whether each worker compiles the fusion kernels before it serves.
@@ -35,6 +48,8 @@ class Settings(BaseModel):
 
     presets: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
     limits: Limits = Field(default_factory=Limits)
+    classifiers: dict[ClassifierName, ClassifierSettings] = Field(default_factory=dict)
+    max_classifier_texts: Annotated[int, Field(ge=1, strict=True)] = 256
     combine_hidden_states: bool = False
     warmup: bool = True
 
@@ -54,7 +69,8 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join([KEY, *map(str, first["loc"])])
-            known = ", ".join(sorted(cls.model_fields))
+            nested = first["loc"][0] == "classifiers" and len(first["loc"]) > 1
+            known = ", ".join(sorted((ClassifierSettings if nested else cls).model_fields))
             raise ValueError(
                 f"additional_config: {place}: {first['msg'].lower()} (known settings: {known})"
             ) from None

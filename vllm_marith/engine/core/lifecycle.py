@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from ..group import KEY, GroupSpec
+from ..group import FAILURES, KEY, GroupSpec
 from . import figures
 from .backlog import Backlog
 from .blocks import BlockAccount
@@ -106,7 +106,13 @@ class GroupLifecycle(_Base):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """vLLM's update, after which followers share their leader's end and are hidden."""
+        """vLLM's update, after which followers share their leader's end and are hidden.
+
+        Groups that the worker could not compute end before it: no token of theirs is taken.
+        """
+        for name, reason in getattr(model_runner_output, FAILURES, {}).items():
+            if name in self.requests:
+                self._fail(self.requests[name], reason)
         if not self._followers and not self._errors:
             return super().update_from_output(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)

@@ -7,7 +7,7 @@ hears of the request: what the engine core receives is known to parse, to render
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import lru_cache
 from typing import Any, Literal, NoReturn
 
@@ -18,8 +18,10 @@ from vllm.utils.math_utils import cdiv
 from vllm_marith.language import Formula, FormulaError, Limits, Presets, Term, parse_request
 from vllm_marith.plan import Plan, encode, lower
 
-from ..group import KEY, OWN_FORMULA, GroupSpec
+from ..classifiers import Card, read_cards
+from ..group import KEY, OWN_FORMULA, ClassifierTerm, GroupSpec
 from ..settings import Settings
+from .classifiers import check_classifiers, classifier_term
 from .source import SOURCE
 
 logger = init_logger(__name__)
@@ -38,7 +40,9 @@ class Admission:
         self.config = renderer.config
         settings = Settings.of(self.config)
         self.limits = settings.limits
-        self._compiler = _Compiler(settings.load_presets(), settings.limits)
+        self.cards = read_cards(settings.classifiers)
+        self.max_classifier_texts = settings.max_classifier_texts
+        self.use(settings.load_presets())
 
     @property
     def presets(self) -> Presets:
@@ -47,7 +51,7 @@ class Admission:
 
     def use(self, presets: Presets) -> None:
         """Puts other presets in force, all at once; requests that were admitted keep their formula."""
-        self._compiler = _Compiler(presets, self.limits)
+        self._compiler = _Compiler(presets, self.limits, self.cards, self.max_classifier_texts)
 
     def admit(self, engine_input: MutableMapping[str, Any], value: Any, max_tokens: int | None) -> Admitted:
         """The leader's prompt and the group of a rendered request.
@@ -82,7 +86,8 @@ class Admission:
         member_of = [members.setdefault(tuple(ids), len(members)) for ids in prompts]
         leader, *followers = map(list, members)
         self._check_size([len(ids) for ids in members], max_tokens)
-        return leader, GroupSpec(followers, encode(plan, member_of), label)
+        classifiers = [self._classifier(engine_input, name, formula.terms[name]) for name in plan.classifiers]
+        return leader, GroupSpec(followers, encode(plan, member_of), classifiers, label)
 
     def _render(self, engine_input: MutableMapping[str, Any], name: str, term: Term) -> list[int]:
         if term.system is None and term.prompt is None:
@@ -97,6 +102,19 @@ class Admission:
         if not ids:
             refuse(f"term '{name}' renders to an empty prompt")
         return ids
+
+    def _classifier(self, engine_input: MutableMapping[str, Any], name: str, term: Term) -> ClassifierTerm:
+        assert term.classifier is not None
+        source = engine_input.get(SOURCE)
+        if source is None:
+            refuse(
+                f"term '{name}' reads the request's text, and this route does not go through vLLM's renderer"
+            )
+        try:
+            prefix = source.text(self.renderer, term)
+        except ValueError as error:
+            refuse(f"term '{name}': {error}")
+        return classifier_term(name, term, self.cards[term.classifier], prefix)
 
     def _check_size(self, lengths: list[int], max_tokens: int | None) -> None:
         """Refuses a group that this engine could never hold."""
@@ -184,9 +202,13 @@ def admission_of(renderer: Any) -> Admission:
 class _Compiler:
     """Formulas with one set of presets: a request's text -> (formula, plan, label of its figures)."""
 
-    def __init__(self, presets: Presets, limits: Limits) -> None:
+    def __init__(
+        self, presets: Presets, limits: Limits, cards: Mapping[str, Card], max_classifier_texts: int
+    ) -> None:
         self.presets = presets
         self.limits = limits
+        self.cards = cards
+        self.max_classifier_texts = max_classifier_texts
         self._remembered = lru_cache(maxsize=1024)(self._compile)
 
     def __call__(self, value: Any) -> tuple[Formula, Plan, str]:
@@ -196,13 +218,15 @@ class _Compiler:
     def _compile(self, value: Any) -> tuple[Formula, Plan, str]:
         formula = parse_request(value, presets=self.presets, limits=self.limits)
         for name, term in formula.terms.items():
-            for what in ("model", "adapter", "classifier"):
+            for what in ("model", "adapter"):
                 if getattr(term, what) is not None:
                     raise FormulaError(
                         f"term '{name}' has its own {what}, which this version cannot serve yet: "
                         "terms may differ in system and prompt"
                     )
-        return formula, lower(formula), self._label(value)
+        plan = lower(formula)
+        check_classifiers(plan.classifiers, formula.terms, self.cards, self.max_classifier_texts)
+        return formula, plan, self._label(value)
 
     def _label(self, value: str) -> str:
         """The preset's name where the formula is one preset: labels of metrics must be few."""

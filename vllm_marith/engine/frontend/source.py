@@ -36,6 +36,14 @@ class Completion:
             return _single_bos(renderer, engine_input["prompt_token_ids"])
         return self._around_ids(renderer, term, list(self.prompt["prompt_token_ids"]))
 
+    def text(self, renderer: Any, term: Term) -> str:
+        """What a classifier reads in front of the answer; token ids are decoded for it."""
+        text = self.prompt.get("prompt")
+        if not isinstance(text, str):
+            ids = list(self.prompt["prompt_token_ids"])
+            text = renderer.get_tokenizer().decode(ids, skip_special_tokens=True)
+        return _fill(term, text)
+
     def _around_ids(self, renderer: Any, term: Term, ids: list[int]) -> list[int]:
         # The client's own token ids are kept; only what the term puts around them is tokenized.
         around = [f"{term.system}\n", ""] if term.prompt is None else term.prompt.split("{input}")
@@ -79,6 +87,23 @@ class Chat:
         _, (engine_input,) = renderer.render_chat([messages], self.chat_params, self.tok_params)
         return list(engine_input["prompt_token_ids"])
 
+    def text(self, renderer: Any, term: Term) -> str:
+        """What a classifier reads in front of the answer.
+
+        The input of its template is the last user message; a term without one reads that message and a
+        line break.
+
+        Raises:
+            ValueError: it needs that message, and there is none of text.
+        """
+        if term.prompt is not None and "{input}" not in term.prompt:
+            return term.prompt
+        users = [message for message in self.messages if message.get("role") == "user"]
+        if not users:
+            raise ValueError("its classifier reads the user's message, and there is none")
+        text = _fill(term, _text(users[-1].get("content")))
+        return text if term.prompt is not None else f"{text}\n"
+
 
 Source = Completion | Chat
 
@@ -93,7 +118,7 @@ def _text(content: Any) -> str:
         return content
     parts = content if isinstance(content, list) else []
     if not parts or any(not isinstance(p, Mapping) or p.get("type") != "text" for p in parts):
-        raise ValueError("its prompt template can only rewrite a user message of text")
+        raise ValueError("its prompt template can only be filled with a user message of text")
     return "\n".join(str(part["text"]) for part in parts)
 
 

@@ -6,8 +6,8 @@ discarded (prefill chunks and held members); `RowPlans` answers with a `RowPlan`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,13 +15,18 @@ import marith_kernels
 import numpy as np
 import torch
 
-from vllm_marith.language.nodes import Schedule
+from vllm_marith.language.nodes import Schedule, Strength
 from vllm_marith.plan import Routine, Stage, decode
 
 from .. import patches
 from ..group import KEY, MemberTag
+from .answers import Answers
+from .classifiers.rows import ClassifierRows
+from .classifiers.step import ClassifierStep
 from .figures import FIGURES
 from .head import Head, HeadPlan, combinable
+
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def warmup(device: torch.device, dtype: torch.dtype, vocab_size: int) -> None:
@@ -37,16 +42,25 @@ class RowPlan:
     Attributes:
         head: groups that are combined before the LM head, if there are any; the rest after it.
         batch: the formulas of the step's other joint groups.
+        groups: those groups.
         leaders: int64 ``[groups]``, the row of each group's leader, which receives the fused row.
         followers: int64 ``[followers]``, rows whose sampled token is replaced ...
         follower_leaders: int64 ``[followers]``, ... by that of this row.
+        classifiers: of this step, where formulas have some.
     """
 
     head: HeadPlan | None
     batch: marith_kernels.StagedBatch
+    groups: list[JointGroup]
     leaders: torch.Tensor
     followers: torch.Tensor
     follower_leaders: torch.Tensor
+    classifiers: ClassifierStep | None = None
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Group -> why its formula could not be computed in this step."""
+        return self.classifiers.failures if self.classifiers else {}
 
     def compute_logits(self, head: Head, hidden: torch.Tensor) -> torch.Tensor | None:
         """Fused logits from the hidden states ``[rows, size]``."""
@@ -58,10 +72,23 @@ class RowPlan:
         if not self.batch.n_groups:
             return logits
         with FIGURES.fusing():
-            fused = self.batch.run(logits).logits
+            fused = self.batch.run(logits, external=self._write).logits
             # Sampling works in float32 anyway; rows of plain requests keep their values.
             logits = logits.float()
             return logits.index_copy_(0, self.leaders, fused)
+
+    def _write(
+        self,
+        which: Sequence[tuple[int, int]],
+        source: torch.Tensor,
+        source_lse: torch.Tensor,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """The rows of classifier stages, see `marith_kernels.External`."""
+        assert self.classifiers is not None
+        stages = [(self.groups[g], self.groups[g].routine.stages[s]) for g, s in which]
+        asked = [(group.tag, int(stage.parameters[0])) for group, stage in stages]
+        return self.classifiers.write(asked, source, out)
 
     def tie(self, sampled: torch.Tensor) -> None:
         """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""
@@ -70,7 +97,7 @@ class RowPlan:
 
 
 @dataclass(frozen=True)
-class _JointGroup:
+class JointGroup:
     """A group all of whose members sample in this step.
 
     Attributes:
@@ -83,20 +110,39 @@ class _JointGroup:
     tag: MemberTag
     routine: Routine
 
-    def dials(self, lengths: np.ndarray) -> tuple[float, ...]:
-        """The values of the formula's dials at this step, for sequences of these lengths."""
+    @property
+    def strengths(self) -> list[Strength]:
+        """The dials that a classifier turns."""
+        return [dial for dial in self.routine.dials if isinstance(dial, Strength)]
+
+    def dials(self, lengths: np.ndarray, probabilities: Mapping[tuple[str, str], float]) -> tuple[float, ...]:
+        """The values of the formula's dials at this step, for sequences of these lengths.
+
+        probabilities: (group, classifier term) -> p(y | text so far), of `strengths`.
+        """
         position = int(lengths[self.rows[0]]) - self.tag.prompt_length
-        return tuple(dial.at(position) for dial in self.routine.dials if isinstance(dial, Schedule))
+        return tuple(
+            dial.at(position)
+            if isinstance(dial, Schedule)
+            else dial.at(probabilities[self.tag.group, dial.classifier.name])
+            for dial in self.routine.dials
+        )
 
 
 class RowPlans:
     """Builds `RowPlan`s and keeps the last one while the step's rows and dials stay the same."""
 
-    def __init__(self, device: torch.device, combine_hidden_states: bool = False) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        combine_hidden_states: bool = False,
+        classifiers: ClassifierRows | None = None,
+    ) -> None:
         self.device = device
+        self.classifiers = classifiers
         self.combine_hidden_states = combine_hidden_states
         self.key: tuple[list[str], np.ndarray] | None = None
-        self.groups: list[_JointGroup] = []
+        self.groups: list[JointGroup] = []
         self.dials: list[tuple[float, ...]] = []
         self.plan: RowPlan | None = None
 
@@ -110,6 +156,7 @@ class RowPlans:
         discarded: np.ndarray,
         lengths: np.ndarray,
         extra_args: Callable[[str], dict[str, Any] | None],
+        answers: Answers,
     ) -> RowPlan | None:
         """The plan of a step, or None when no group has joint rows in it.
 
@@ -118,35 +165,44 @@ class RowPlans:
             discarded: bool ``[rows]``, rows whose sample vLLM throws away.
             lengths: int ``[rows]``, tokens of each sequence before the one that is sampled.
             extra_args: a request's ``SamplingParams.extra_args``.
+            answers: asked in every joint step of the groups that have classifiers, and for no others.
         """
-        if self.key is not None:
-            ids, mask = self.key
-            if ids == request_ids and np.array_equal(mask, discarded):
-                if not any(group.routine.dials for group in self.groups):
-                    return self.plan
-                dials = [group.dials(lengths) for group in self.groups]
-                if dials != self.dials:
-                    self.dials = dials
-                    self.plan = self._build(len(request_ids))
-                return self.plan
-        self.groups = _joint_groups(request_ids, discarded, extra_args)
-        self.dials = [group.dials(lengths) for group in self.groups]
-        self.plan = self._build(len(request_ids)) if self.groups else None
-        self.key = (list(request_ids), discarded.copy())
-        return self.plan
+        known = self.key is not None and self.key[0] == request_ids and np.array_equal(self.key[1], discarded)
+        if not known:
+            self.groups = _joint_groups(request_ids, discarded, extra_args)
+            self.key = (list(request_ids), discarded.copy())
+        steered = [group.tag for group in self.groups if group.tag.classifiers]
+        step = None
+        if steered:
+            assert self.classifiers is not None
+            step = ClassifierStep.begin(self.classifiers, steered, answers)
+        if not known or any(group.routine.dials for group in self.groups):
+            dials = self._turn(lengths, step)
+            if not known or dials != self.dials:
+                self.dials = dials
+                self.plan = self._build(len(request_ids)) if self.groups else None
+        return self.plan if self.plan is None or step is None else replace(self.plan, classifiers=step)
+
+    def _turn(self, lengths: np.ndarray, step: ClassifierStep | None) -> list[tuple[float, ...]]:
+        """The values of every group's dials."""
+        asked = [(group.tag, dial.classifier.name) for group in self.groups for dial in group.strengths]
+        found = step.probabilities(asked) if step is not None and asked else {}
+        return [group.dials(lengths, found) for group in self.groups]
 
     def _build(self, num_rows: int) -> RowPlan:
-        pipelines, rows, followers, follower_leaders = [], [], [], []
+        pipelines, batched, followers, follower_leaders = [], [], [], []
         head_programs, head_rows = [], []
         for group, dials in zip(self.groups, self.dials, strict=True):
-            pipeline = pipeline_of(group.tag.routine, dials)
+            # The values of probabilities do not come again.
+            find = pipeline_of.__wrapped__ if group.strengths else pipeline_of
+            pipeline = find(group.tag.routine, dials)
             program = pipeline.stages[0].program
             if self.combine_hidden_states and len(pipeline.stages) == 1 and program and combinable(program):
                 head_programs.append(program)
                 head_rows.append(group.rows)
             else:
                 pipelines.append(pipeline)
-                rows.append(group.rows)
+                batched.append(group)
             leader, *others = group.rows
             followers += others
             follower_leaders += [leader] * len(others)
@@ -162,8 +218,9 @@ class RowPlans:
             head = HeadPlan.build(head_programs, head_rows, num_rows, self.device)
         return RowPlan(
             head,
-            marith_kernels.StagedBatch.build(pipelines, rows, self.device),
-            index([members[0] for members in rows]),
+            marith_kernels.StagedBatch.build(pipelines, [group.rows for group in batched], self.device),
+            batched,
+            index([group.rows[0] for group in batched]),
             index(followers),
             index(follower_leaders),
         )
@@ -171,7 +228,7 @@ class RowPlans:
 
 def _joint_groups(
     request_ids: Sequence[str], discarded: np.ndarray, extra_args: Callable[[str], dict[str, Any] | None]
-) -> list[_JointGroup]:
+) -> list[JointGroup]:
     members: dict[str, dict[int, tuple[int, MemberTag]]] = {}
     for row, request_id in enumerate(request_ids):
         args = extra_args(request_id)
@@ -186,7 +243,7 @@ def _joint_groups(
             # and drops its tokens, so leaving the rows alone is safe here.
             continue
         tag = leader[1]
-        groups.append(_JointGroup([group[i][0] for i in range(tag.size)], tag, _routine(tag.routine)))
+        groups.append(JointGroup([group[i][0] for i in range(tag.size)], tag, _routine(tag.routine)))
     return groups
 
 
@@ -208,7 +265,9 @@ def pipeline_of(text: str, dials: tuple[float, ...]) -> marith_kernels.Pipeline:
         program = None
         if stage.instructions:
             energies = {row for _, row, _ in stage.instructions} & weightless
-            program = marith_kernels.Program(stage.at(dials), divide=stage.divide, weightless=energies)
+            # A probability may be too small for a weight in float32.
+            instructions = [(op, row, w if abs(w) > _SMALLEST else 0.0) for op, row, w in stage.at(dials)]
+            program = marith_kernels.Program(instructions, divide=stage.divide, weightless=energies)
         return marith_kernels.Stage(stage.kind, program, stage.parameters, stage.sources, stage.weightless)
 
     return marith_kernels.Pipeline(routine.terms, tuple(map(stage_of, routine.stages)))

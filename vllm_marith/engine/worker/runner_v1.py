@@ -10,14 +10,16 @@ so that whatever a request asks of the sampler acts on the formula's distributio
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .. import patches
-from ..group import KEY
+from ..group import FAILURES, KEY
+from .answers import CONTEXT, Continuation
+from .classifiers.rows import ClassifierRows
 from .rows import RowPlans
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -35,7 +37,9 @@ def _with_fusion(sample_tokens: Any) -> Any:
         state = self.execute_model_state
         if state is None or state.logits is None:
             return sample_tokens(self, grammar_output)
-        plans = self.__dict__.setdefault("marith_plans", RowPlans(self.device))
+        plans = self.__dict__.get("marith_plans")
+        if plans is None:
+            plans = self.marith_plans = RowPlans(self.device, classifiers=_classifiers(self))
         if state.scheduler_output.scheduled_new_reqs:
             plans.forget()  # the id of a request that ended may come back with another formula
         ids = self.input_batch.req_ids
@@ -46,18 +50,30 @@ def _with_fusion(sample_tokens: Any) -> Any:
             return requests[request_id].sampling_params.extra_args
 
         lengths = self.optimistic_seq_lens_cpu.numpy()[: len(ids)]  # exact without drafts
-        plan = plans.plan_step(ids, discarded, lengths, extra_args)
+        plan = plans.plan_step(ids, discarded, lengths, extra_args, functools.partial(_answers, self))
         if plan is not None:
             with torch.inference_mode():
                 self.execute_model_state = state._replace(logits=plan.fuse(state.logits))
         self.marith_plan = plan
         try:
             with _hidden_generators(self.input_batch, discarded, extra_args):
-                return sample_tokens(self, grammar_output)
+                output = sample_tokens(self, grammar_output)
         finally:
             self.marith_plan = None
+        if plan is not None and plan.failures:
+            # Asynchronous output carries what the scheduler gets in the end.
+            setattr(getattr(output, "_model_runner_output", output), FAILURES, plan.failures)
+        return output
 
     return fused
+
+
+def _classifiers(runner: Any) -> ClassifierRows | None:
+    """Those that the registered logits processor has loaded."""
+    from ..processor import FormulaLogitsProcessor
+
+    processors = runner.input_batch.logitsprocs.all
+    return next((p.classifiers for p in processors if isinstance(p, FormulaLogitsProcessor)), None)
 
 
 def _with_tie(sample: Any) -> Any:
@@ -89,3 +105,24 @@ def _hidden_generators(input_batch: Any, discarded: Any, extra_args: Any) -> Ite
         yield
     finally:
         generators.update(hidden)
+
+
+def _answers(runner: Any, request_ids: Sequence[str]) -> list[Continuation]:
+    """`Answers` from the runner's cached requests.
+
+    Must be called in every step of these requests, or under asynchronous scheduling tokens are lost: there
+    the runner knows its last tokens on the device only and remembers -1 in their place.  That is mended as
+    ``InputBatch.update_async_output_token_ids`` does it, which vLLM calls for penalties only.
+    """
+    requests = runner.requests
+    answers = [requests[i].output_token_ids for i in request_ids]
+    unknown = [(i, ids) for i, ids in zip(request_ids, answers, strict=True) if ids and ids[-1] == -1]
+    if unknown:
+        batch = runner.input_batch
+        sampled = batch.prev_sampled_token_ids[:, 0].tolist()
+        for request_id, ids in unknown:
+            ids[-1] = sampled[batch.prev_req_id_to_index[request_id]]
+    return [
+        Continuation(requests[i].prompt_token_ids[-CONTEXT:], tuple(ids))
+        for i, ids in zip(request_ids, answers, strict=True)
+    ]

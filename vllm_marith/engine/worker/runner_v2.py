@@ -13,6 +13,8 @@ it and asks on the way for everything that is particular to the model.
     model.compute_logits            wrapped on the model that the state was made for: FUSE
     custom_sampler                  the sampler in a wrapper: TIE
 
+``GPUModelRunner.sample_tokens`` is wrapped, too: its output reports the groups that failed.
+
 Noise: the V2 sampler draws Gumbel noise from a request's seed and the token's position in its own
 sequence.  A formula's token is drawn in its leader's row, with the leader's seed and position, so other
 terms' prompts do not matter to it, and a formula of one term draws the tokens of the plain request.
@@ -21,14 +23,18 @@ terms' prompts do not matter to it, and a formula of one term draws the tokens o
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
 
 from .. import patches
-from ..group import KEY
+from ..group import FAILURES, KEY
 from ..settings import Settings
+from .answers import CONTEXT, Answers, Continuation
+from .classifiers.loading import load_classifiers
+from .classifiers.rows import ClassifierRows
 from .head import Head, obeys_law
 from .rows import RowPlan, RowPlans
 
@@ -44,6 +50,7 @@ else:
 logger = init_logger(__name__)
 
 _RESOLVE = "vllm.v1.worker.gpu.model_states:resolve_model_state_cls"
+_SAMPLE_TOKENS = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens"
 
 
 def install() -> None:
@@ -64,6 +71,20 @@ def _with_formulas(resolve_model_state_cls: Any) -> Any:
         return _over(found) if _named(vllm_config) else found
 
     return resolve
+
+
+def _with_failures(sample_tokens: Any) -> Any:
+    @functools.wraps(sample_tokens)
+    def reporting(self: Any, grammar_output: Any) -> Any:
+        output = sample_tokens(self, grammar_output)
+        if isinstance(self.model_state, FormulaState):
+            failures = self.model_state.groups.take_failures()
+            if failures:
+                # Asynchronous output carries what the scheduler gets in the end.
+                setattr(getattr(output, "model_runner_output", output), FAILURES, failures)
+        return output
+
+    return reporting
 
 
 def _named(vllm_config: Any) -> bool:
@@ -98,8 +119,10 @@ class FormulaState(ModelState):
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        patches.patch(_SAMPLE_TOKENS, _with_failures)  # V2's module is there by now
         compute_logits = model.compute_logits
-        self.groups = StepGroups(device, _combines(vllm_config, compute_logits, device))
+        combines = _combines(vllm_config, compute_logits, device)
+        self.groups = StepGroups(device, combines, load_classifiers(vllm_config, device))
 
         @functools.wraps(compute_logits)
         def fused(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -120,7 +143,7 @@ class FormulaState(ModelState):
         super().remove_request(req_id)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
-        self.groups.begin_step(input_batch)
+        self.groups.begin_step(input_batch, functools.partial(_answers, input_batch, req_states))
         return super().prepare_inputs(input_batch, req_states)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
@@ -136,14 +159,22 @@ class StepGroups:
     without a begun step both functions change nothing.
     """
 
-    def __init__(self, device: torch.device, combine_hidden_states: bool = False) -> None:
-        self.plans = RowPlans(device, combine_hidden_states)
+    def __init__(
+        self,
+        device: torch.device,
+        combine_hidden_states: bool = False,
+        classifiers: ClassifierRows | None = None,
+    ) -> None:
+        self.plans = RowPlans(device, combine_hidden_states, classifiers)
         # Request id -> SamplingParams.extra_args, for members of groups only.
         self.members: dict[str, dict[str, Any]] = {}
         # The begun step whose logits have not been computed.
         self.batch: InputBatch | None = None
+        self.answers: Answers | None = None
         # The plan of the step whose logits were fused and whose tokens have not been sampled.
         self.plan: RowPlan | None = None
+        # Groups of that step that could not be computed.
+        self.failures: dict[str, str] = {}
 
     def add_request(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
         if extra_args and KEY in extra_args:
@@ -154,10 +185,11 @@ class StepGroups:
     def remove_request(self, request_id: str) -> None:
         self.members.pop(request_id, None)
 
-    def begin_step(self, batch: InputBatch) -> None:
+    def begin_step(self, batch: InputBatch, answers: Answers) -> None:
         # A dummy batch has no member in it, whatever requests wait for their turn.
         has_members = bool(self.members) and not self.members.keys().isdisjoint(batch.req_ids)
         self.batch = batch if has_members else None
+        self.answers = answers
         self.plan = None
 
     def compute_logits(self, head: Head, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -178,8 +210,18 @@ class StepGroups:
         # Exact without drafts.  What is short of its prompt is a chunk of it, or a held member.
         lengths = batch.seq_lens_cpu_upper_bound.numpy()[:rows]
         held = lengths < batch.prefill_len_np[:rows]
-        self.plan = self.plans.plan_step(batch.req_ids, held, lengths, self.members.get)
-        return self.plan.compute_logits(head, hidden) if self.plan else head(hidden)
+        assert self.answers is not None
+        self.plan = self.plans.plan_step(batch.req_ids, held, lengths, self.members.get, self.answers)
+        if self.plan is None:
+            return head(hidden)
+        logits = self.plan.compute_logits(head, hidden)
+        self.failures = self.plan.failures
+        return logits
+
+    def take_failures(self) -> dict[str, str]:
+        """What became of the step: group -> why its formula could not be computed."""
+        failures, self.failures = self.failures, {}
+        return failures
 
     def tie(self, sampled: torch.Tensor) -> None:
         """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""
@@ -208,3 +250,23 @@ class TyingSampler:
         output = self._sampler(*args, **kwargs)
         self._groups.tie(output.sampled_token_ids)
         return output
+
+
+def _answers(batch: InputBatch, states: RequestState, request_ids: Sequence[str]) -> list[Continuation]:
+    """`Answers` from the runner's request states, where the device writes every token that it samples."""
+    slots = [states.req_id_to_index[i] for i in request_ids]
+    prompts = states.prompt_len.np[slots].tolist()
+    starts = [max(0, prompt - CONTEXT) for prompt in prompts]
+    # Exact without drafts.
+    lengths = dict(zip(batch.req_ids, batch.seq_lens_cpu_upper_bound.tolist(), strict=False))
+    ends = [lengths[i] for i in request_ids]
+    # One window of the same width for all, in which each row begins where its own context does.
+    width = max(end - start for start, end in zip(starts, ends, strict=True))
+    table = states.all_token_ids.gpu  # int32 [slots, max_model_len]
+    where = torch.tensor([slots, starts], device=table.device)[:, :, None]
+    positions = (where[1] + torch.arange(width, device=table.device)).clamp_(max=table.shape[1] - 1)
+    windows = table[where[0], positions].tolist()
+    return [
+        Continuation(row[: prompt - start], row[prompt - start : end - start])
+        for row, prompt, start, end in zip(windows, prompts, starts, ends, strict=True)
+    ]
