@@ -27,6 +27,14 @@ class FakeCore:
         return self.answers.pop(0)
 
 
+class FakeTokenizer:
+    """One letter a token; token 0 is half of a character."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        letters = "".join("?" if i == 0 else chr(96 + i) for i in ids)
+        return letters.replace("??", "é").replace("?", "\ufffd")
+
+
 class FakeEngineClient:
     """As much of vLLM's AsyncLLM as model table, admission and plugin look at."""
 
@@ -38,7 +46,7 @@ class FakeEngineClient:
         self.vllm_config = SimpleNamespace(
             additional_config={"marith": settings}, model_config=self.model_config
         )
-        self.renderer = SimpleNamespace(config=self.vllm_config)
+        self.renderer = SimpleNamespace(config=self.vllm_config, tokenizer=FakeTokenizer())
         self.input_processor = None
         self.engine_core = FakeCore()
 
@@ -62,7 +70,7 @@ def make_app(presets: Path | None, adapters: tuple[str, ...] = ()) -> FastAPI:
     from vllm.entrypoints.serve.middleware.register import init_entrypoints_middleware
     from vllm.plugins.endpoint_plugins.interface import attach_endpoint_plugins
 
-    from vllm_marith.engine.frontend.cost import COST
+    from vllm_marith.engine.frontend.account import ACCOUNT
     from vllm_marith.serving import plugin
 
     plugin.install(SimpleNamespace(parallel_config=SimpleNamespace(_api_process_rank=0)))
@@ -84,9 +92,9 @@ def make_app(presets: Path | None, adapters: tuple[str, ...] = ()) -> FastAPI:
         error = await serving._check_model(request)
         if error is not None:
             return error.model_dump()
-        cost = COST.get()
-        if cost is not None and request.vllm_xargs and "marith" in request.vllm_xargs:
-            cost.add([3, 5])
+        account = ACCOUNT.get()
+        if account is not None and request.vllm_xargs and "marith" in request.vllm_xargs:
+            account.add([3, 5])
         lora = served.lora_requests.get(request.model)
         return {
             "model": served.model_name(lora),

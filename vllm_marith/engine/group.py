@@ -17,6 +17,10 @@ from typing import Any
 KEY = "marith"
 """The entry of ``SamplingParams.extra_args`` (and of a request's ``vllm_xargs``) that is ours."""
 
+EXPLAIN = "marith_explain"
+"""Asks for the terms' log-probabilities of every token: the entry of ``vllm_xargs``, and the
+``collective_rpc`` method that fetches them."""
+
 FIGURES = "marith_figures"
 """The ``collective_rpc`` method that asks engine core and workers for their figures."""
 
@@ -63,12 +67,14 @@ class GroupSpec:
             row i.
         classifiers: the classifier terms that the routine counts.
         label: under which the core's figures count this request: the preset's name.
+        explain: key under which workers keep the terms' log-probabilities; empty for none.
     """
 
     prompts: list[list[int]]
     routine: str
     classifiers: list[ClassifierTerm] = field(default_factory=list)
     label: str = OWN_FORMULA
+    explain: str = ""
 
     @property
     def size(self) -> int:
@@ -92,6 +98,7 @@ class MemberTag:
         size: number of members.
         prompt_length: tokens of the leader's prompt; 0 for followers, who need none of the rest.
         routine, classifiers: as in `GroupSpec`.
+        explain: as in `GroupSpec`.
     """
 
     group: str
@@ -100,6 +107,7 @@ class MemberTag:
     prompt_length: int = 0
     routine: str = ""
     classifiers: list[ClassifierTerm] = field(default_factory=list)
+    explain: str = ""
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,7 +123,7 @@ def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberT
     Args:
         prompt_length: of the leader's prompt.
     """
-    leader = MemberTag(group, 0, spec.size, prompt_length, spec.routine, spec.classifiers)
+    leader = MemberTag(group, 0, spec.size, prompt_length, spec.routine, spec.classifiers, spec.explain)
     return [leader, *(MemberTag(group, i, spec.size) for i in range(1, spec.size))]
 
 

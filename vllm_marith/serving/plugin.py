@@ -19,6 +19,7 @@ from vllm_marith.engine.frontend import admission as admissions
 from vllm_marith.engine.settings import Settings
 
 from . import naming
+from .explanations import Explainer, Explanation
 from .metrics import Scraper, metrics
 from .middleware import FormulaMiddleware
 from .naming import check_names
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.datastructures import State
     from vllm.config import VllmConfig
+
+    from vllm_marith.engine.frontend.account import Explained
 
 __all__ = ["FormulaEndpoints", "check_names", "install"]
 
@@ -60,16 +63,21 @@ class FormulaEndpoints:
 
     def __init__(self) -> None:
         self._scraper: Scraper | None = None
+        self._explainer: Explainer | None = None
         self._listening: asyncio.Task[None] | None = None
 
     def attach_router(self, app: FastAPI) -> None:
         # Route by route: vLLM lets a plugin's route take the place of its own of the same path.
         app.router.routes.extend(router.routes)
-        app.add_middleware(FormulaMiddleware, refresh=self._refresh)
+        app.add_middleware(FormulaMiddleware, refresh=self._refresh, explain=self._explain)
 
     async def _refresh(self) -> None:
         if self._scraper is not None:
             await self._scraper.refresh()
+
+    def _explain(self, explained: Explained) -> Explanation:
+        assert self._explainer is not None  # vLLM accepts requests only once the state is there
+        return self._explainer.of(explained)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
         """Raises SystemExit with a sentence when a preset has the name of an adapter."""
@@ -88,6 +96,7 @@ class FormulaEndpoints:
         state.marith_admission = admission
         state.marith_reloader = reloader
         self._scraper = Scraper(engine_client, metrics())
+        self._explainer = Explainer(engine_client, engine_client.renderer.tokenizer)
         if metrics().refuse not in admissions.on_refusal:
             admissions.on_refusal.append(metrics().refuse)
         if bell is not None:

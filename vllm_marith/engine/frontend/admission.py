@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
@@ -19,7 +20,7 @@ from vllm_marith.language import Formula, FormulaError, Limits, Presets, Term, p
 from vllm_marith.plan import Plan, encode, lower
 
 from ..classifiers import Card, read_cards
-from ..group import KEY, OWN_FORMULA, ClassifierTerm, GroupSpec
+from ..group import EXPLAIN, KEY, OWN_FORMULA, ClassifierTerm, GroupSpec
 from ..settings import Settings
 from .classifiers import check_classifiers, classifier_term
 from .source import SOURCE
@@ -29,7 +30,21 @@ logger = init_logger(__name__)
 _ADMITTED = "marith_admitted"
 """Key of an engine input that holds (formula text, leader's prompt, group), once rendered."""
 
-Admitted = tuple[list[int], GroupSpec]
+
+class Admitted(NamedTuple):
+    """A rendered request's formula.
+
+    Attributes:
+        leader: token ids of the leader's prompt.
+        spec: the group.
+        formula: what it serves.
+        member_of: term -> member of the group.
+    """
+
+    leader: list[int]
+    spec: GroupSpec
+    formula: Formula
+    member_of: dict[str, int]
 
 
 class Admission:
@@ -87,7 +102,8 @@ class Admission:
         leader, *followers = map(list, members)
         self._check_size([len(ids) for ids in members], max_tokens)
         classifiers = [self._classifier(engine_input, name, formula.terms[name]) for name in plan.classifiers]
-        return leader, GroupSpec(followers, encode(plan, member_of), classifiers, label)
+        spec = GroupSpec(followers, encode(plan, member_of), classifiers, label)
+        return Admitted(leader, spec, formula, dict(zip(plan.terms, member_of, strict=True)))
 
     def _render(self, engine_input: MutableMapping[str, Any], name: str, term: Term) -> list[int]:
         if term.system is None and term.prompt is None:
@@ -182,11 +198,12 @@ class Admission:
         ):
             if refused:
                 refuse(f"{what} cannot be combined with a formula")
-        leader, spec = self.admit(engine_input, params.extra_args[KEY], max_tokens)
+        leader, spec, *_ = self.admit(engine_input, params.extra_args[KEY], max_tokens)
         lengths = [len(leader), *map(len, spec.prompts)]
         limits = [params.max_tokens, self.config.model_config.max_model_len - max(lengths)]
         room = self.room(lengths)
         params.max_tokens = min([*limits, room] if room is not None else limits)
+        spec = replace(spec, explain=engine_input.get(EXPLAIN, ""))
         params.extra_args = {**params.extra_args, KEY: spec.to_wire()}
         request.prompt_token_ids = leader
 

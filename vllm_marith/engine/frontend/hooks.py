@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import uuid
 from typing import Any
 
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 
 from .. import patches
-from ..group import KEY
+from ..group import EXPLAIN, KEY
 from ..plugin import PROCESSOR
+from .account import ACCOUNT, Account, Explained
 from .admission import admission_of, refuse
-from .cost import COST
 from .source import SOURCE, Chat, Completion
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
@@ -89,25 +90,40 @@ def _admit_before_response(preprocess: Any) -> Any:
 
     @functools.wraps(preprocess)
     async def admitting(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        value = (getattr(request, "vllm_xargs", None) or {}).get(KEY)
+        xargs = getattr(request, "vllm_xargs", None) or {}
+        value = xargs.get(KEY)
+        account = ACCOUNT.get()
         if value is not None and getattr(request, "use_beam_search", False):
             refuse("beam search cannot be combined with a formula")
         rendered = await preprocess(self, request, *args, **kwargs)
         if value is None:
             return rendered
         engine_inputs = rendered[1] if isinstance(rendered, tuple) else rendered
+        explain = bool(xargs.get(EXPLAIN))
+        if explain:
+            _check_explainable(request, engine_inputs, account)
         max_tokens = getattr(request, "max_completion_tokens", None) or getattr(request, "max_tokens", None)
         admission = admission_of(self.renderer)
         for engine_input in engine_inputs:
             # Rendering many terms takes a while; the event loop serves the others meanwhile.
-            leader, spec = await asyncio.get_running_loop().run_in_executor(
+            admitted = await asyncio.get_running_loop().run_in_executor(
                 self.renderer._executor, admission.admit, engine_input, value, max_tokens
             )
-            if (cost := COST.get()) is not None:
-                cost.add([len(leader), *map(len, spec.prompts)])
+            if account is not None:
+                account.add([len(admitted.leader), *map(len, admitted.spec.prompts)])
+                if explain:
+                    engine_input[EXPLAIN] = key = uuid.uuid4().hex
+                    account.explained = Explained(key, admitted.formula, admitted.member_of)
         return rendered
 
     return admitting
+
+
+def _check_explainable(request: Any, engine_inputs: Any, account: Account | None) -> None:
+    if account is None or not account.explains:
+        refuse("this route cannot explain its tokens; completions and chat can")
+    if len(engine_inputs) > 1 or (getattr(request, "n", None) or 1) > 1:
+        refuse("one answer at a time can be explained: one prompt and n = 1")
 
 
 def _expand(process_inputs: Any) -> Any:

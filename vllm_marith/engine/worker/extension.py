@@ -15,6 +15,7 @@ import functools
 from importlib import import_module
 from typing import Any
 
+from .evidence import EVIDENCE
 from .figures import FIGURES
 
 # No attribute that the module has: looking it up must come to __getattr__.
@@ -27,6 +28,10 @@ class FormulaWorker:
     def marith_figures(self) -> dict[str, float]:
         """What this worker counted since the last call."""
         return FIGURES.drain()
+
+    def marith_explain(self, key: str, since: int, last: bool) -> list[tuple[list[int], list[list[float]]]]:
+        """What the terms said about a request's tokens, see `Evidence.fetch`."""
+        return EVIDENCE.fetch(key, since, last)
 
 
 def name_over(theirs: str) -> str:

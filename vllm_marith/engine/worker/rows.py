@@ -23,6 +23,7 @@ from ..group import KEY, MemberTag
 from .answers import Answers
 from .classifiers.rows import ClassifierRows
 from .classifiers.step import ClassifierStep
+from .evidence import Witness
 from .figures import FIGURES
 from .head import Head, HeadPlan, combinable
 
@@ -47,6 +48,7 @@ class RowPlan:
         followers: int64 ``[followers]``, rows whose sampled token is replaced ...
         follower_leaders: int64 ``[followers]``, ... by that of this row.
         classifiers: of this step, where formulas have some.
+        witnesses: of the groups whose requests want to be explained; none of them is in `head`.
     """
 
     head: HeadPlan | None
@@ -56,6 +58,7 @@ class RowPlan:
     followers: torch.Tensor
     follower_leaders: torch.Tensor
     classifiers: ClassifierStep | None = None
+    witnesses: tuple[Witness, ...] = ()
 
     @property
     def failures(self) -> dict[str, str]:
@@ -71,11 +74,16 @@ class RowPlan:
         """float32 logits in which each leader's row holds its formula's distribution."""
         if not self.batch.n_groups:
             return logits
+        for witness in self.witnesses:
+            witness.before(logits)
         with FIGURES.fusing():
             fused = self.batch.run(logits, external=self._write).logits
             # Sampling works in float32 anyway; rows of plain requests keep their values.
             logits = logits.float()
-            return logits.index_copy_(0, self.leaders, fused)
+            logits = logits.index_copy_(0, self.leaders, fused)
+        for witness in self.witnesses:
+            witness.after(logits)
+        return logits
 
     def _write(
         self,
@@ -92,6 +100,8 @@ class RowPlan:
 
     def tie(self, sampled: torch.Tensor) -> None:
         """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""
+        for witness in self.witnesses:
+            witness.sampled(sampled)
         if self.followers.numel():
             sampled.index_copy_(0, self.followers, sampled.index_select(0, self.follower_leaders))
 
@@ -192,12 +202,14 @@ class RowPlans:
     def _build(self, num_rows: int) -> RowPlan:
         pipelines, batched, followers, follower_leaders = [], [], [], []
         head_programs, head_rows = [], []
+        witnesses = []
         for group, dials in zip(self.groups, self.dials, strict=True):
             # The values of probabilities do not come again.
             find = pipeline_of.__wrapped__ if group.strengths else pipeline_of
             pipeline = find(group.tag.routine, dials)
-            program = pipeline.stages[0].program
-            if self.combine_hidden_states and len(pipeline.stages) == 1 and program and combinable(program):
+            if group.tag.explain:
+                witnesses.append(Witness(group.tag.explain, group.rows))
+            if self.combine_hidden_states and not group.tag.explain and (program := _before_head(pipeline)):
                 head_programs.append(program)
                 head_rows.append(group.rows)
             else:
@@ -223,7 +235,14 @@ class RowPlans:
             index([group.rows[0] for group in batched]),
             index(followers),
             index(follower_leaders),
+            witnesses=tuple(witnesses),
         )
+
+
+def _before_head(pipeline: marith_kernels.Pipeline) -> marith_kernels.Program | None:
+    """The program that may be applied to hidden states; None where the law of `head` does not hold."""
+    program = pipeline.stages[0].program
+    return program if len(pipeline.stages) == 1 and program and combinable(program) else None
 
 
 def _joint_groups(
