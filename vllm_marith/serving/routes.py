@@ -1,4 +1,7 @@
-"""The routes under ``/v1/marith``: behind the server's API key like vLLM's own, which guards ``/v1``."""
+"""The routes under ``/v1/marith``: behind the server's API key like vLLM's own, which guards ``/v1``.
+
+The page at ``/marith/`` holds nothing that needs the key; it asks the person for it and sends it along.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorInfo, ModelCard, ModelPermission
 
 from vllm_marith.engine.frontend.admission import Admission
@@ -23,6 +26,12 @@ from vllm_marith.plan import lower
 from .reload import Reloader
 
 router = APIRouter()
+
+PAGE = Path(__file__).with_name("page.html")
+_ONLY_ITSELF = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def _admission(request: Request) -> Admission:
@@ -96,6 +105,13 @@ def without_folders(sentence: str, folders: Sequence[Path]) -> str:
         sentence = re.sub(f"{path}/", f"{folder.name}/" if len(folders) > 1 else "", sentence)
         sentence = re.sub(rf"{path}(?![\w./-])", folder.name, sentence)
     return sentence
+
+
+@router.get("/marith/", include_in_schema=False)
+@router.get("/marith", include_in_schema=False)
+async def page() -> HTMLResponse:
+    """One file, which loads nothing from anywhere."""
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"content-security-policy": _ONLY_ITSELF})
 
 
 def explanation(formula: Formula) -> dict[str, Any]:
