@@ -60,6 +60,18 @@ def test_a_completion_is_the_formulas(client: openai.OpenAI) -> None:
     assert (named.model, same.model, plain.model) == ("preadd", "tiny", "tiny")
 
 
+def test_a_request_turns_the_parameters(client: openai.OpenAI) -> None:
+    def ask(model: str, value: str | None = None) -> str:
+        body = own(value) if value else LONG
+        return client.completions.create(model=model, prompt=TEXT, **GREEDY, extra_body=body).choices[0].text
+
+    changed = ask("preadd", '{"strength": 0.9}')
+    assert changed == ask("tiny", "base - 0.9*toxic")
+    assert changed == ask("tiny", '{"formula": "preadd", "parameters": {"strength": 0.9}}')
+    assert changed != ask("preadd")
+    assert ask("preadd", '{"strength": 0.6}') == ask("preadd")
+
+
 def test_a_chat_and_its_stream(client: openai.OpenAI) -> None:
     create = client.chat.completions.create
     named = create(model="preadd", messages=MESSAGES, **GREEDY, extra_body=LONG).choices[0].message.content

@@ -37,7 +37,7 @@ def check_names(presets: Presets, served: Iterable[str], adapters: Iterable[str]
     """Raises ValueError when a preset has the name of a served model or of a LoRA adapter."""
     for names, what in ((served, "the served model"), (adapters, "a LoRA adapter")):
         for name in names:
-            if name in presets.formulas:
+            if name in presets.presets:
                 raise ValueError(
                     f"the preset '{name}' has the name of {what}; rename the preset, or serve the other "
                     "under another name"
@@ -101,7 +101,7 @@ def _resolve(models: Any, request: Any) -> str | None:
     name = getattr(request, "model", None)
     if not name or (admission := admission_for(models)) is None:
         return None
-    if name not in admission.presets.formulas or name in models.lora_requests:
+    if name not in admission.presets.presets or name in models.lora_requests:
         return None
     base = models.base_model_paths[0].name
     if hasattr(request, "vllm_xargs"):  # requests that generate; others are about the base model's text

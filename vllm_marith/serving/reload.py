@@ -61,7 +61,7 @@ class Reloader:
         presets = self._load()
         check_names(presets, *self._names())
         self._admission.use(presets)
-        logger.info("marith: %d presets in force", len(presets.formulas))
+        logger.info("marith: %d presets in force", len(presets.presets))
         return presets
 
     def reload_all(self) -> Presets:

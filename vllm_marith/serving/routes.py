@@ -53,7 +53,7 @@ async def models(request: Request) -> JSONResponse:
             max_model_len=served.model_config.max_model_len,
             permission=[ModelPermission()],
         )
-        for name in _admission(request).presets.formulas
+        for name in _admission(request).presets.presets
         if name not in served.lora_requests
     ]
     return JSONResponse(listed.model_dump())

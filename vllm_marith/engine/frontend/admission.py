@@ -249,7 +249,7 @@ class _Compiler:
         """The preset's name where the formula is one preset: labels of metrics must be few."""
         text = json.loads(value)["formula"] if value.lstrip().startswith("{") else value
         name = text.strip(" \t\r\n()")
-        return name if name in self.presets.formulas else OWN_FORMULA
+        return name if name in self.presets.presets else OWN_FORMULA
 
 
 class RefusedError(VLLMValidationError):
