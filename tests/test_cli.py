@@ -23,7 +23,7 @@ def marith(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return stopped.value.code or 0
 
 
-@pytest.mark.parametrize("command", ["models", "demo", "explain", "import", "check", "bench"])
+@pytest.mark.parametrize("command", ["models", "demo", "chat", "explain", "import", "check", "bench"])
 def test_every_command_has_help(monkeypatch, capsys, command: str) -> None:
     assert marith(monkeypatch, command, "--help") == 0
     assert "Usage: marith" in capsys.readouterr().out
@@ -88,6 +88,9 @@ def test_import_says_what_is_wrong(monkeypatch, capsys, tmp_path: Path) -> None:
         (["explain", "a", "--normalize", "max"], "normalize must be"),
         (["explain", "a", "--presets", "/nowhere"], "/nowhere: no such file or directory"),
         (["explain", '{"formula": "a"}', "--normalize", "sum"], "do not apply"),
+        (["chat", "--url", "http://127.0.0.1:9"], "no server answers at http://127.0.0.1:9"),
+        (["chat", "--url", "nowhere"], "no server answers at nowhere"),
+        (["chat", "--formula", "{"], "--formula is not JSON"),
         (["models", "--only", "bigger"], "no artefact 'bigger'"),
     ],
 )

@@ -2,6 +2,7 @@
 
     marith models     make the embedded models, or list them
     marith demo       watch formulas steer a model on this machine
+    marith chat       talk to a server's formula
     marith explain    what a formula means, without running it
     marith import     a formula saved by the paper's reference implementation, as a preset
     marith check      whether this environment can serve formulas
@@ -107,6 +108,37 @@ def demo(
         run(home, tokens=tokens, samples=samples, seed=seed, temperature=temperature)
     except UnsupportedError as error:
         raise UserError(str(error)) from error
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="The server.")] = "http://localhost:8000",
+    formula: Annotated[
+        str | None,
+        typer.Option(help="Over the terms of the server's presets, a preset's name, or a request's JSON."),
+    ] = None,
+    terms: Annotated[
+        str | None, typer.Option(help="""Terms as JSON: '{"child": {"system": "You are a child."}}'.""")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Of sampling.")] = 0.7,
+    api_key: Annotated[
+        str, typer.Option(envvar="OPENAI_API_KEY", help="The server's, if it has one.", show_envvar=True)
+    ] = "",
+) -> None:
+    """Talk to a server's formula; the words are coloured by the term that spoke most for them."""
+    from vllm_marith.chat import ChatError, Server, run
+
+    request: dict[str, Any] | None = None
+    if formula is not None:
+        is_json = formula.lstrip().startswith("{")
+        request = _json_object(formula, "--formula") if is_json else {"formula": formula}
+        if terms is not None:
+            request["terms"] = _json_object(terms, "--terms")
+    try:
+        run(Server(url, api_key), request, {"max_tokens": tokens, "temperature": temperature})
+    except ChatError as error:
+        raise UserError(str(error).removeprefix("marith: ")) from None
 
 
 @app.command()

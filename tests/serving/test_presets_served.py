@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from tests.support import server
+from vllm_marith import chat
 
 TEXT = "the value of the expression"
 MESSAGES: Any = [{"role": "user", "content": TEXT}]
@@ -214,6 +215,66 @@ def test_explain_and_formulas(url: str) -> None:
     plan = post(url, "/v1/marith/explain", b'{"formula": "preadd"}')
     assert plan["rows"] == 2
     assert plan["terms"].keys() == {"base", "toxic"}
+
+
+def test_an_answer_explains_itself(client: openai.OpenAI) -> None:
+    """What the terms pushed is what the formula's log-probabilities differ by, at every token."""
+    asked = {"vllm_xargs": {"marith": "preadd", "marith_explain": 1}} | LONG
+    answer = client.completions.create(model="tiny", prompt=TEXT, **GREEDY, logprobs=2, extra_body=asked)
+    tokens = answer.model_extra["marith"]["tokens"]  # type: ignore[index]
+    assert "".join(token["text"] for token in tokens) == answer.choices[0].text
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    for token, expected in zip(tokens, logprobs.token_logprobs or [], strict=True):
+        chosen, runner_up = token["chosen"]["logprob"], token["runner_up"]["logprob"]
+        assert chosen == pytest.approx(expected, abs=1e-4)
+        assert chosen >= runner_up
+        pushed = sum(term["contribution"][0] - term["contribution"][1] for term in token["terms"].values())
+        assert pushed == pytest.approx(chosen - runner_up, abs=1e-3)
+
+    stream = client.chat.completions.create(
+        model="preadd",
+        messages=MESSAGES,
+        **GREEDY,
+        stream=True,
+        extra_body=asked | {"vllm_xargs": {"marith_explain": 1}},
+    )
+    text = explained = ""
+    for chunk in stream:
+        text += "".join(choice.delta.content or "" for choice in chunk.choices)
+        explained += "".join(
+            token["text"] for token in (chunk.model_extra or {}).get("marith", {}).get("tokens", ())
+        )
+    assert explained == text != ""
+
+    for wrong in ({"n": 2, "prompt": TEXT}, {"prompt": [TEXT, TEXT]}):
+        with pytest.raises(openai.BadRequestError, match="one answer at a time can be explained"):
+            client.completions.create(model="tiny", max_tokens=2, extra_body=asked, **wrong)  # type: ignore[call-overload]
+    with pytest.raises(openai.BadRequestError, match="no formula whose tokens could be explained"):
+        client.completions.create(model="tiny", prompt=TEXT, extra_body={"vllm_xargs": {"marith_explain": 1}})
+    with pytest.raises(openai.BadRequestError, match="this route cannot explain its tokens"):
+        client.responses.create(model="preadd", input=TEXT, extra_body={"vllm_xargs": {"marith_explain": 1}})
+
+
+def test_a_conversation_in_the_terminal(url: str, client: openai.OpenAI) -> None:
+    options = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    there = chat.Server(url)
+    assert there.models()[0] == "tiny"
+    for formula in ({"formula": "preadd", "parameters": {"strength": 0.9}}, None):
+        conversation = chat.Conversation(there, "tiny", formula, options)
+        pieces = list(conversation.say(TEXT))
+        assert [token is not None for _, token in pieces] == [formula is not None] * len(pieces)
+        text = "".join(piece for piece, _ in pieces)
+        body = own(json.dumps(formula)) if formula else LONG
+        same = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=12, temperature=0, extra_body=body
+        )
+        assert text == same.choices[0].message.content
+        assert conversation.messages[1:] == [{"role": "assistant", "content": text}]
+        assert "".join(piece for piece, _ in conversation.say("and then?"))
+        assert [message["role"] for message in conversation.messages] == ["user", "assistant"] * 2
+    with pytest.raises(chat.ChatError, match="'nobody' is not defined"):
+        list(chat.Conversation(there, "tiny", {"formula": "nobody"}, options).say(TEXT))
 
 
 def test_several_api_servers(tiny_model: Path, tmp_path: Path) -> None:

@@ -129,4 +129,5 @@ class _Answer:
                 body = b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
                 await self._send({"type": "http.response.body", "body": body, "more_body": True})
         if last:
+            self._explanation = None
             await self._send(message)

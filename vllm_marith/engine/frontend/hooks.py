@@ -95,11 +95,13 @@ def _admit_before_response(preprocess: Any) -> Any:
         account = ACCOUNT.get()
         if value is not None and getattr(request, "use_beam_search", False):
             refuse("beam search cannot be combined with a formula")
+        explain = bool(xargs.get(EXPLAIN))
+        if value is None and explain:
+            refuse("there is no formula whose tokens could be explained")
         rendered = await preprocess(self, request, *args, **kwargs)
         if value is None:
             return rendered
         engine_inputs = rendered[1] if isinstance(rendered, tuple) else rendered
-        explain = bool(xargs.get(EXPLAIN))
         if explain:
             _check_explainable(request, engine_inputs, account)
         max_tokens = getattr(request, "max_completion_tokens", None) or getattr(request, "max_tokens", None)
