@@ -52,9 +52,10 @@ class Server:
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url.rstrip('/')}{path}", data, headers)
         try:
-            return urllib.request.urlopen(request)
+            return urllib.request.urlopen(
+                urllib.request.Request(f"{self.url.rstrip('/')}{path}", data, headers)
+            )
         except urllib.error.HTTPError as error:
             raise ChatError(_refusal(error)) from None
         except (OSError, ValueError) as error:
