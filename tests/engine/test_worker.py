@@ -12,6 +12,7 @@ import torch
 
 from vllm_marith.engine.group import KEY, GroupSpec, member_tags
 from vllm_marith.engine.worker import extension, runner_v2
+from vllm_marith.engine.worker.evidence import EVIDENCE
 from vllm_marith.engine.worker.runner_v2 import FormulaState, StepGroups, TyingSampler
 from vllm_marith.plan import Plan, Stage, encode
 
@@ -21,10 +22,12 @@ LINEAR = [("push", 0, 2.0), ("add", 1, -1.0)]
 CONFIG: Any = SimpleNamespace(additional_config={})
 
 
-def tagged(group: str, instructions: list[Any] = LINEAR, size: int = 2) -> list[dict[str, Any]]:
+def tagged(
+    group: str, instructions: list[Any] = LINEAR, size: int = 2, explain: str = ""
+) -> list[dict[str, Any]]:
     """extra_args of a group's members."""
     plan = Plan(("a", "b")[:size], (Stage("fuse", tuple(instructions), depth=1),), (), (), (1.0, 1.0))
-    spec = GroupSpec([[1]] * (size - 1), encode(plan, range(size)))
+    spec = GroupSpec([[1]] * (size - 1), encode(plan, range(size)), explain=explain)
     return [{KEY: tag.to_wire()} for tag in member_tags(group, spec, prompt_length=1)]
 
 
@@ -87,6 +90,31 @@ def test_rows_are_found_in_whatever_order(groups: StepGroups) -> None:
         fused = fuse(groups, logits.clone())
         leader, follower = order.index("g"), order.index("g-1")
         assert torch.allclose(fused[leader], 2 * logits[leader] - logits[follower])
+
+
+@pytest.mark.parametrize("combine_hidden_states", [False, True])
+def test_what_the_members_said_is_kept_for_who_asked(combine_hidden_states: bool) -> None:
+    """Also where the fusion comes before the head, where other groups' members have no logits."""
+    groups = StepGroups(CPU, combine_hidden_states)
+    for name, explain in (("g", "key"), ("h", "")):
+        for suffix, args in zip(("", "-1"), tagged(name, explain=explain), strict=True):
+            groups.add_request(name + suffix, args)
+    order = ["h-1", "g-1", "h", "g"]
+    for step in range(2):
+        logits = logits_of(4) + step
+        groups.begin_step(batch_of(order, [9 + step] * 4, [9] * 4))
+        fused = fuse(groups, logits.clone())
+        chosen = int(fused[3].argmin())
+        groups.tie(torch.tensor([[0], [1], [2], [chosen]]))
+    assert EVIDENCE.fetch("", 0, last=True) == []
+    first, second = EVIDENCE.fetch("key", 0, last=True)
+    assert first[0] == second[0]  # a constant for all tokens means nothing
+    assert torch.allclose(torch.tensor(first[1]), torch.tensor(second[1]), atol=1e-5)
+    ids, logprobs = first
+    assert ids == [chosen, int(fused[3].argmax())]
+    rows = [logits[3], logits[1], 2 * logits[3] - logits[1]]
+    expected = torch.stack([row.log_softmax(-1) for row in rows])[:, ids].T
+    assert torch.allclose(torch.tensor(logprobs), expected, atol=1e-5)
 
 
 def test_plain_rows_keep_their_values_in_half_precision(groups: StepGroups) -> None:
