@@ -102,7 +102,7 @@ def test_what_the_members_said_is_kept_for_who_asked(combine_hidden_states: bool
     order = ["h-1", "g-1", "h", "g"]
     for step in range(2):
         logits = logits_of(4) + step
-        groups.begin_step(batch_of(order, [9 + step] * 4, [9] * 4))
+        groups.begin_step(batch_of(order, [9 + step] * 4, [9] * 4), unread)
         fused = fuse(groups, logits.clone())
         chosen = int(fused[3].argmin())
         groups.tie(torch.tensor([[0], [1], [2], [chosen]]))
