@@ -71,9 +71,9 @@ def test_equals_a_loop_over_texts(paths: dict[str, Path], name: str, batch_size:
                 wanted = np.log(judges.probability(paths[name], text, label, minimize=minimize))
                 assert row[int(minimize), label] == pytest.approx(wanted, abs=TOLERANCE)
     assert found[:, 0].std(axis=0).min() > 0.1  # the texts make a difference
-    assert classifier.counters.texts == len(set(texts))
-    assert classifier.counters.batches == -(-len(set(texts)) // batch_size)
-    assert classifier.counters.seconds > 0
+    assert classifier.figures.texts == len(set(texts))
+    assert classifier.figures.batches == -(-len(set(texts)) // batch_size)
+    assert classifier.figures.seconds > 0
 
 
 def test_long_texts_lose_their_beginning(classifiers: dict[str, Classifier]) -> None:
@@ -95,20 +95,20 @@ def test_the_cache_changes_nothing_but_the_cost(paths: dict[str, Path]) -> None:
     classifier = load("three", paths["three"], cache_size=5)
     for _ in range(40):
         some = rng.choices(range(len(texts)), k=rng.randint(0, 9))
-        before = classifier.counters.texts + classifier.counters.hits
+        before = classifier.figures.texts + classifier.figures.hits
         found = classifier.log_probs([texts[i] for i in some])
         assert found == pytest.approx(fresh[some], abs=TOLERANCE)
-        assert classifier.counters.texts + classifier.counters.hits - before == len(some)
+        assert classifier.figures.texts + classifier.figures.hits - before == len(some)
         assert len(classifier._cache) <= 5
-    assert classifier.counters.hits > 0
+    assert classifier.figures.hits > 0
 
 
 def test_what_was_read_last_is_remembered(paths: dict[str, Path]) -> None:
     classifier = load("three", paths["three"], cache_size=2)
     for text, new in (("a", 1), ("b", 1), ("a", 0), ("c", 1), ("a", 0), ("b", 1)):
-        before = classifier.counters.texts
+        before = classifier.figures.texts
         classifier.log_probs([text])
-        assert classifier.counters.texts - before == new, text
+        assert classifier.figures.texts - before == new, text
 
 
 @given(
@@ -333,14 +333,14 @@ def test_the_next_text_so_far_is_known(paths: dict[str, Path]) -> None:
     source = torch.randn(3, tiny.VOCAB)
     generated: list[list[int]] = [[], [], []]
     for step in range(4):
-        before = classifier.counters.texts, classifier.counters.hits
+        before = classifier.figures.texts, classifier.figures.hits
         out = torch.empty_like(source)
         rows.write([term] * 3, [Continuation([BOS], ids) for ids in generated], source, out)
-        texts, hits = classifier.counters.texts - before[0], classifier.counters.hits - before[1]
+        texts, hits = classifier.figures.texts - before[0], classifier.figures.hits - before[1]
         assert texts + hits == 33
         assert texts <= (31 if step == 0 else 30)  # the first texts so far are one and the same
         assert hits >= (2 if step == 0 else 3)
-        assert classifier.counters.batches == step + 1
+        assert classifier.figures.batches == step + 1
         for ids, row in zip(generated, source, strict=True):
             ids.append(int(row.topk(10).indices[step]))
 
@@ -394,9 +394,9 @@ def test_positions_between_cost_nothing(paths: dict[str, Path]) -> None:
     term = ClassifierTerm("c", "two", "", 1, False, "bayes", 4, 3)
     source = torch.randn(1, tiny.VOCAB)
     for length, texts in ((0, 5), (1, 0), (2, 0), (3, 5)):
-        before = classifier.counters.texts + classifier.counters.hits
+        before = classifier.figures.texts + classifier.figures.hits
         rows.write([term], [Continuation([BOS], [50] * length)], source, torch.empty_like(source))
-        assert classifier.counters.texts + classifier.counters.hits - before == texts
+        assert classifier.figures.texts + classifier.figures.hits - before == texts
 
 
 def test_classifiers_that_cannot_read_what_they_say(paths: dict[str, Path]) -> None:

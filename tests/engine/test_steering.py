@@ -273,8 +273,11 @@ def generate_while_failing(
 
 def classifier_rows(llm: Any) -> Any:
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
-    plans = runner.model_state.groups.plans if hasattr(runner, "model_state") else runner.marith_plans
-    return plans.classifiers
+    if hasattr(runner, "model_state"):
+        return runner.model_state.groups.plans.classifiers
+    from vllm_marith.engine.worker import runner_v1
+
+    return runner_v1._classifiers(runner)
 
 
 def test_the_cache_knows_the_text_so_far(call: runners.Call) -> None:
@@ -292,7 +295,7 @@ def test_the_cache_knows_the_text_so_far(call: runners.Call) -> None:
 
 
 def counters(llm: Any) -> tuple[int, int, int]:
-    found = classifier_rows(llm).classifiers["three"].counters
+    found = classifier_rows(llm).classifiers["three"].figures
     return found.texts, found.hits, found.batches
 
 
@@ -308,3 +311,35 @@ def test_a_bad_classifier_stops_the_start(tiny_model: Path, tmp_path: Path) -> N
         engines.engine(tiny_model, **options),
     ):
         pass
+
+
+# ------------------------------------------------------------------------------------- models that mean it
+
+
+def test_a_trained_classifier_steers() -> None:
+    """Toward contracts, as a judge says that knows neither the model nor the classifier."""
+    from vllm_marith.models.judge import Judge
+    from vllm_marith.models.store import Paths, default_home, is_made
+
+    home = default_home()
+    for name in ("big", "judge", "judge_bert"):
+        if not is_made(name, home):
+            pytest.skip("needs the embedded models, which `marith models` makes")
+    made = Paths.under(home)
+    judge = Judge.load(made.judge)
+    formula = Formula.parse(
+        "base + 1.5*c", {"c": JUDGE | {"classifier": "tone", "label": "legal", "top_k": 20}}
+    )
+    texts = ["The", "In the beginning", "It is", "When"] * 3
+    legal = {}
+    with engines.engine(made.big, max_model_len=128, **settings_of({"tone": made.judge_bert})) as llm:
+        for name, wanted in (("plain", None), ("steered", formula)):
+            jobs = [Job(text, wanted) for text in texts]
+            answers = [
+                exactness.generate(llm, [job], dict(temperature=0.8, seed=seed, max_tokens=40))[0][0]
+                for seed, job in enumerate(jobs)
+            ]
+            labels = judge.labels([text + answer.text for text, answer in zip(texts, answers, strict=True)])
+            legal[name] = labels.count("legal")
+    print(legal)
+    assert legal["steered"] >= legal["plain"] + 4

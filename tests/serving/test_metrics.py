@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from vllm_marith.engine.core.figures import CoreFigures
-from vllm_marith.engine.worker.figures import WorkerFigures
+from vllm_marith.engine.worker.figures import ClassifierFigures, WorkerFigures
 from vllm_marith.serving import metrics as metrics_module
 
 CORE = {
@@ -25,7 +25,11 @@ CORE = {
     "fused_rows": [(6, 10)],
     "tokens": [("custom", 7), ("steer", 50)],
 }
-WORKERS = [{"fusion_seconds": 0.5}, {"fusion_seconds": 0.25}]
+READ: dict[str, Any] = {"texts": 40, "hits": 5, "batches": 2, "seconds": 0.125}
+WORKERS: list[dict[str, Any]] = [
+    {"fusion_seconds": 0.5, "classifiers": {"tone": READ}},
+    {"fusion_seconds": 0.25, "classifiers": {"tone": READ}},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +73,8 @@ def test_a_scrape_asks_every_engine(http: TestClient) -> None:
     assert found['fused_rows_bucket{engine="0",le="4.0"}'] == 0
     assert found['fused_rows_bucket{engine="0",le="8.0"}'] == 10
     assert found['fusion_seconds_total{engine="0"}'] == 0.5
+    for what, value in READ.items():
+        assert found[f'classifier_{what}_total{{classifier="tone",engine="0"}}'] == value
     assert found['generation_tokens_total{engine="0",formula="steer"}'] == 50
     again = scrape(http)
     assert again['generation_tokens_total{engine="0",formula="steer"}'] == 100
@@ -142,7 +148,15 @@ def test_the_worker_times_the_fusion() -> None:
     with pytest.raises(RuntimeError, match="fails"), figures.fusing():
         raise RuntimeError("fails")
     assert figures.drain()["fusion_seconds"] > 0
-    assert figures.drain() == {"fusion_seconds": 0.0}
+    assert figures.drain() == {"fusion_seconds": 0.0, "classifiers": {}}
+
+
+def test_the_worker_counts_for_its_classifiers() -> None:
+    figures = WorkerFigures()
+    tone = figures.classifiers["tone"] = ClassifierFigures()
+    tone.texts, tone.hits, tone.batches, tone.seconds = READ.values()
+    assert figures.drain()["classifiers"] == {"tone": READ}
+    assert figures.drain()["classifiers"] == {"tone": dict.fromkeys(READ, 0)}
 
 
 def test_the_core_answers_in_front_of_the_workers() -> None:

@@ -23,6 +23,7 @@ _SCRAPE_SECONDS = 2.0
 """How long a scrape waits for the engines; a step that runs longer is told by the next one."""
 
 _ENGINE = ["engine"]
+_CLASSIFIER = [*_ENGINE, "classifier"]
 
 
 class Metrics:
@@ -62,6 +63,18 @@ class Metrics:
         self.fusion_seconds = Counter(
             "vllm_marith:fusion_seconds", "Host time that the first worker spent in the fusion.", _ENGINE
         )
+        self.classifier_texts = Counter(
+            "vllm_marith:classifier_texts", "Texts that the first worker's classifiers read.", _CLASSIFIER
+        )
+        self.classifier_hits = Counter(
+            "vllm_marith:classifier_hits", "Texts that they knew from before.", _CLASSIFIER
+        )
+        self.classifier_batches = Counter(
+            "vllm_marith:classifier_batches", "Their forward passes.", _CLASSIFIER
+        )
+        self.classifier_seconds = Counter(
+            "vllm_marith:classifier_seconds", "Host time that they took, part of the fusion's.", _CLASSIFIER
+        )
         self.tokens = Counter(
             "vllm_marith:generation_tokens",
             "Tokens of ended requests, by preset; `custom` is any other formula.",
@@ -94,7 +107,16 @@ class Metrics:
         for formula, tokens in core["tokens"]:
             self.tokens.labels(label, formula).inc(tokens)
         # Tensor-parallel workers fuse the same rows at the same time.
-        self.fusion_seconds.labels(label).inc(workers[0]["fusion_seconds"] if workers else 0.0)
+        if workers:
+            self.fusion_seconds.labels(label).inc(workers[0]["fusion_seconds"])
+            for name, figures in workers[0]["classifiers"].items():
+                for counter, what in (
+                    (self.classifier_texts, "texts"),
+                    (self.classifier_hits, "hits"),
+                    (self.classifier_batches, "batches"),
+                    (self.classifier_seconds, "seconds"),
+                ):
+                    counter.labels(label, name).inc(figures[what])
 
 
 @functools.cache

@@ -25,7 +25,7 @@ _PREFIX = "WithFormulas"
 class FormulaWorker:
     """What formulas add to vLLM's worker class."""
 
-    def marith_figures(self) -> dict[str, float]:
+    def marith_figures(self) -> dict[str, Any]:
         """What this worker counted since the last call."""
         return FIGURES.drain()
 

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 
 from ...settings import Settings
+from ..figures import FIGURES
 from .model import Classifier
 from .rows import ClassifierRows
 from .text import CandidateTexts
@@ -41,4 +42,5 @@ def load_classifiers(vllm_config: VllmConfig, device: torch.device) -> Classifie
             *(name, entry.path, classifier.device),
             *(classifier.card.max_length, ", ".join(classifier.card.labels)),
         )
+    FIGURES.classifiers = {name: classifier.figures for name, classifier in classifiers.items()}
     return ClassifierRows(classifiers, CandidateTexts(cached_tokenizer_from_config(vllm_config.model_config)))

@@ -15,23 +15,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from ...classifiers import Card, ClassifierError, ClassifierSettings, load_tokenizer
-
-
-@dataclass
-class Counters:
-    """What a classifier has cost so far; plain numbers that only grow.
-
-    Attributes:
-        texts: read by the classifier.
-        hits: texts that were known from before.
-        batches: forward passes.
-        seconds: of tokenizing and reading, waiting for the device included.
-    """
-
-    texts: int = 0
-    hits: int = 0
-    batches: int = 0
-    seconds: float = 0.0
+from ..figures import ClassifierFigures
 
 
 class Classifier:
@@ -52,7 +36,7 @@ class Classifier:
         self.device = torch.device("cpu") if settings.device == "cpu" else device
         self.tokenizer = load_tokenizer(name, settings)
         self.model = _load_model(name, settings).to(self.device)
-        self.counters = Counters()
+        self.figures = ClassifierFigures()
         self._cache_size = settings.cache_size
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
         # Classifiers run beside each other, and behind nothing that the base model has in its stream.
@@ -92,10 +76,10 @@ class Classifier:
             else:
                 new.setdefault(key, text)
         order, chunks, done = self._read(list(new.values()))
-        self.counters.hits += len(texts) - len(new)
-        self.counters.texts += len(new)
-        self.counters.batches += len(chunks)
-        self.counters.seconds += time.perf_counter() - started
+        self.figures.hits += len(texts) - len(new)
+        self.figures.texts += len(new)
+        self.figures.batches += len(chunks)
+        self.figures.seconds += time.perf_counter() - started
         return Reading(keys, known, [list(new)[i] for i in order], chunks, done)
 
     def collect(self, reading: Reading) -> np.ndarray:
@@ -111,7 +95,7 @@ class Classifier:
             self._cache[key] = known[key]
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        self.counters.seconds += time.perf_counter() - started
+        self.figures.seconds += time.perf_counter() - started
         rows = [known[key] for key in reading.keys]
         return np.stack(rows) if rows else np.empty((0, 2, len(self.card.labels)), dtype=np.float32)
 
