@@ -369,11 +369,6 @@ def test_refused_formulas(llm: Any, value: Any, words: str) -> None:
     refused(llm, words, TEXT, marith(value))
 
 
-def test_refused_prompt_logprobs(llm: Any) -> None:
-    params = marith("base", prompt_logprobs=1)
-    refused(llm, "prompt log-probabilities cannot be combined with a formula", TEXT, params)
-
-
 def test_refused_prompt_beyond_the_context(llm: Any) -> None:
     refused(llm, "longer than the maximum model length|maximum context length", "word " * 600, marith("base"))
 

@@ -63,6 +63,33 @@ def completion_reference(model: Path, length: int) -> reference.Reference:
     return reference.generate(str(model), Formula.parse(FORMULA), ids, length)
 
 
+def test_log_likelihoods_of_a_prompt(client: openai.OpenAI, tiny_model: Path) -> None:
+    """What evaluation harnesses send: token ids, echo and log-probabilities."""
+    encode = tiny.tokenizer().encode
+    ids = encode(TEXT)
+    terms = {"toxic": {"system": "Be rude."}}
+    answer = client.completions.create(
+        model="tiny",
+        prompt=ids,
+        max_tokens=1,
+        temperature=0,
+        logprobs=1,
+        echo=True,
+        seed=1234,
+        extra_body={"vllm_xargs": {"marith": json.dumps({"formula": "base - 0.6*toxic", "terms": terms})}},
+    )
+    (choice,) = answer.choices
+    assert choice.logprobs is not None
+    first, *found = choice.logprobs.token_logprobs or []
+    assert first is None
+    prompts = {"base": ids, "toxic": [*encode("Be rude.\n"), *ids[1:]]}
+    formula = Formula.parse("base - 0.6*toxic")
+    wanted = reference.scores(str(tiny_model), formula, prompts, len(ids) - 1)
+    chosen = [float(row[token]) for row, token in zip(wanted, ids[1:], strict=True)]
+    assert found[: len(chosen)] == pytest.approx(chosen, abs=1e-4)
+    assert len(found) == len(chosen) + 1
+
+
 def test_completion_with_logprobs(client: openai.OpenAI, tiny_model: Path) -> None:
     expected = completion_reference(tiny_model, 32)
     answer = client.completions.create(
@@ -224,7 +251,6 @@ def test_malformed_requests_are_refused(client: openai.OpenAI, url: str, chat: b
     ("extra", "sentence"),
     [
         ({"use_beam_search": True, "n": 2}, "beam search"),
-        ({"prompt_logprobs": 1}, "prompt log-probabilities"),
     ],
 )
 def test_parameters_without_a_meaning_for_formulas(

@@ -76,3 +76,14 @@ def next_distribution(model: str, formula: Formula, prompts: Mapping[str, Sequen
     network = load(str(model))
     logits = {name: network(torch.tensor([list(ids)])).logits[0, -1] for name, ids in prompts.items()}
     return formula.evaluate(logits, dtype=torch.float64)
+
+
+@torch.inference_mode()
+def scores(model: str, formula: Formula, prompts: Mapping[str, Sequence[int]], count: int) -> torch.Tensor:
+    """float64 log-probabilities ``[count, vocab]`` of the last `count` tokens, in which the prompts agree."""
+    network = load(str(model))
+    logits = {
+        name: network(torch.tensor([list(ids)])).logits[0, len(ids) - 1 - count : len(ids) - 1]
+        for name, ids in prompts.items()
+    }
+    return formula.evaluate(logits, dtype=torch.float64)

@@ -68,6 +68,8 @@ class GroupSpec:
         classifiers: the classifier terms that the routine counts.
         label: under which the core's figures count this request: the preset's name.
         explain: key under which workers keep the terms' log-probabilities; empty for none.
+        scored: whether the formula's log-probabilities of the leader's prompt are asked for; every member's
+            prompt then ends with the leader's but for its first token.
     """
 
     prompts: list[list[int]]
@@ -75,6 +77,7 @@ class GroupSpec:
     classifiers: list[ClassifierTerm] = field(default_factory=list)
     label: str = OWN_FORMULA
     explain: str = ""
+    scored: bool = False
 
     @property
     def size(self) -> int:
@@ -96,9 +99,9 @@ class MemberTag:
         group: id of the leader's request; names the group.
         index: the member's index, 0 for the leader.
         size: number of members.
-        prompt_length: tokens of the leader's prompt; 0 for followers, who need none of the rest.
-        routine, classifiers: as in `GroupSpec`.
-        explain: as in `GroupSpec`.
+        prompt_length: tokens of the leader's prompt; 0 for followers of groups that are not scored.
+        routine, classifiers, explain: as in `GroupSpec`; empty for followers.
+        scored: as in `GroupSpec`.
     """
 
     group: str
@@ -108,6 +111,7 @@ class MemberTag:
     routine: str = ""
     classifiers: list[ClassifierTerm] = field(default_factory=list)
     explain: str = ""
+    scored: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -123,8 +127,12 @@ def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberT
     Args:
         prompt_length: of the leader's prompt.
     """
-    leader = MemberTag(group, 0, spec.size, prompt_length, spec.routine, spec.classifiers, spec.explain)
-    return [leader, *(MemberTag(group, i, spec.size) for i in range(1, spec.size))]
+    leader = MemberTag(
+        group, 0, spec.size, prompt_length, spec.routine, spec.classifiers, spec.explain, spec.scored
+    )
+    told = prompt_length if spec.scored else 0
+    followers = (MemberTag(group, i, spec.size, told, scored=spec.scored) for i in range(1, spec.size))
+    return [leader, *followers]
 
 
 def _with_classifiers(wire: Mapping[str, Any]) -> dict[str, Any]:

@@ -316,6 +316,14 @@ LEDGER: tuple[Entry, ...] = (
         runner="v1",
     ),
     Entry(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_prompt_logprobs_dict",
+        "log-probabilities of a prompt are the formula's, and need all members' hidden states",
+        "wraps",
+        "a hook on the hidden states of prompt tokens",
+        ("self", "hidden_states", "num_scheduled_tokens"),
+        runner="v1",
+    ),
+    Entry(
         "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
         "fused logits take the place of the step's own",
         "reads",
@@ -341,11 +349,16 @@ LEDGER: tuple[Entry, ...] = (
                     "input_batch",
                     "discard_request_mask",
                     "optimistic_seq_lens_cpu",
+                    "num_prompt_logprobs",
+                    "query_start_loc",
                     "requests",
                     "device",
                 ),
             ),
-            ("vllm.v1.worker.gpu_input_batch:InputBatch", ("req_ids", "generators", "logitsprocs")),
+            (
+                "vllm.v1.worker.gpu_input_batch:InputBatch",
+                ("req_ids", "req_id_to_index", "generators", "logitsprocs"),
+            ),
         )
     ),
     *(
@@ -402,6 +415,17 @@ LEDGER: tuple[Entry, ...] = (
         runner="v2",
     ),
     Entry(
+        f"{_V2}.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_logprobs",
+        "log-probabilities of a prompt are the formula's, and need all members' hidden states",
+        "wraps",
+        "a hook on the hidden states of prompt tokens",
+        (
+            *("self", "logits_fn", "hidden_states", "input_batch", "all_token_ids"),
+            *("num_computed_tokens", "prompt_lens"),
+        ),
+        runner="v2",
+    ),
+    Entry(
         f"{_V2}.model_states:resolve_model_state_cls",
         "the model state is asked for all that is particular to a model: ours extends the one vLLM chose",
         "wraps",
@@ -437,9 +461,17 @@ LEDGER: tuple[Entry, ...] = (
             (
                 "input_batch:InputBatch",
                 "which request sits in which row, and whether its prompt is complete",
-                ("req_ids", "seq_lens_cpu_upper_bound", "prefill_len_np"),
+                (
+                    *("req_ids", "seq_lens_cpu_upper_bound", "prefill_len_np", "idx_mapping_np"),
+                    *("query_start_loc_np", "num_computed_prefill_tokens_np"),
+                ),
             ),
             ("sample.output:SamplerOutput", "the tokens that are tied", ("sampled_token_ids",)),
+            (
+                "sample.logprob:compute_topk_scores",
+                "scores of a prompt in vLLM's own form",
+                ("logits", "num_logprobs", "sampled_token_ids", "logits_mode"),
+            ),
             (
                 "sample.logits_processor.interface:LogitsProcessor",
                 "the registered class is one of these, too",

@@ -68,7 +68,13 @@ class Admission:
         """Puts other presets in force, all at once; requests that were admitted keep their formula."""
         self._compiler = _Compiler(presets, self.limits, self.cards, self.max_classifier_texts)
 
-    def admit(self, engine_input: MutableMapping[str, Any], value: Any, max_tokens: int | None) -> Admitted:
+    def admit(
+        self,
+        engine_input: MutableMapping[str, Any],
+        value: Any,
+        max_tokens: int | None,
+        scored: bool = False,
+    ) -> Admitted:
         """The leader's prompt and the group of a rendered request.
 
         Remembered in ``engine_input``: the server asks before a stream starts, the engine again.
@@ -77,18 +83,21 @@ class Admission:
             engine_input: what vLLM's renderer returned.
             value: the client's ``vllm_xargs["marith"]``, whatever it is.
             max_tokens: tokens that the client asked for, None when it left that open.
+            scored: the client asked for log-probabilities of its prompt.
 
         Raises:
             VLLMValidationError: HTTP 400, with a sentence.
         """
         remembered = engine_input.get(_ADMITTED)
-        if remembered is not None and remembered[0] == value:
+        if remembered is not None and remembered[0] == (value, scored):
             return remembered[1]
-        admitted = self._admit(engine_input, value, max_tokens)
-        engine_input[_ADMITTED] = (value, admitted)
+        admitted = self._admit(engine_input, value, max_tokens, scored)
+        engine_input[_ADMITTED] = ((value, scored), admitted)
         return admitted
 
-    def _admit(self, engine_input: MutableMapping[str, Any], value: Any, max_tokens: int | None) -> Admitted:
+    def _admit(
+        self, engine_input: MutableMapping[str, Any], value: Any, max_tokens: int | None, scored: bool
+    ) -> Admitted:
         try:
             formula, plan, label = self._compiler(value)
         except FormulaError as error:
@@ -96,23 +105,29 @@ class Admission:
         if engine_input.get("type") != "token":
             refuse("formulas take text or token ids: no images, audio or prompt embeddings")
 
-        prompts = [self._render(engine_input, name, formula.terms[name]) for name in plan.terms]
+        prompts = [self._render(engine_input, name, formula.terms[name], scored) for name in plan.terms]
+        if scored:
+            _check_scored(formula, plan, prompts)
         members: dict[tuple[int, ...], int] = {}
         member_of = [members.setdefault(tuple(ids), len(members)) for ids in prompts]
         leader, *followers = map(list, members)
         self._check_size([len(ids) for ids in members], max_tokens)
         classifiers = [self._classifier(engine_input, name, formula.terms[name]) for name in plan.classifiers]
-        spec = GroupSpec(followers, encode(plan, member_of), classifiers, label)
+        spec = GroupSpec(followers, encode(plan, member_of), classifiers, label, scored=scored)
         return Admitted(leader, spec, formula, dict(zip(plan.terms, member_of, strict=True)))
 
-    def _render(self, engine_input: MutableMapping[str, Any], name: str, term: Term) -> list[int]:
+    def _render(
+        self, engine_input: MutableMapping[str, Any], name: str, term: Term, scored: bool
+    ) -> list[int]:
         if term.system is None and term.prompt is None:
             return list(engine_input["prompt_token_ids"])
         source = engine_input.get(SOURCE)
         if source is None:
             refuse(f"term '{name}' cannot be rendered: this route does not go through vLLM's renderer")
         try:
-            ids = source.render(self.renderer, term)
+            # Scores compare the terms token by token, so all must have the tokens of the client's prompt.
+            kept = list(engine_input["prompt_token_ids"]) if scored else None
+            ids = source.render(self.renderer, term, kept)
         except (ValueError, VLLMValidationError) as error:
             refuse(f"term '{name}': {error}")
         if not ids:
@@ -194,11 +209,11 @@ class Admission:
             (request.prompt_embeds is not None, "prompt embeddings"),
             (bool(request.mm_features), "images or audio"),
             (request.resumable, "streaming input sessions"),
-            (params.prompt_logprobs is not None, "prompt log-probabilities"),
         ):
             if refused:
                 refuse(f"{what} cannot be combined with a formula")
-        leader, spec, *_ = self.admit(engine_input, params.extra_args[KEY], max_tokens)
+        scored = params.prompt_logprobs is not None
+        leader, spec, *_ = self.admit(engine_input, params.extra_args[KEY], max_tokens, scored)
         lengths = [len(leader), *map(len, spec.prompts)]
         limits = [params.max_tokens, self.config.model_config.max_model_len - max(lengths)]
         room = self.room(lengths)
@@ -206,6 +221,29 @@ class Admission:
         spec = replace(spec, explain=engine_input.get(EXPLAIN, ""))
         params.extra_args = {**params.extra_args, KEY: spec.to_wire()}
         request.prompt_token_ids = leader
+
+
+def _check_scored(formula: Formula, plan: Plan, prompts: list[list[int]]) -> None:
+    """Refuses formulas that give the prompt's own tokens no probability.
+
+    Token k of the client's prompt has one where every term's prompt ends with the whole of it: the terms then
+    agree on what stands before the token but for their own beginnings.
+    """
+    if plan.dials or plan.classifiers:
+        refuse(
+            "log-probabilities of the prompt cannot be combined with schedules and classifiers, which speak "
+            "of generated text",
+            "unsupported",
+        )
+    leader = prompts[0]
+    scored = len(leader) - 1  # the first token has no probability
+    for name, ids in zip(plan.terms, prompts, strict=True):
+        if len(ids) <= scored or ids[len(ids) - scored :] != leader[1:]:
+            refuse(
+                "log-probabilities of the prompt need a first term that is the request as it is, and others "
+                f"that end with it; '{formula.leader}' and '{name}' are not so",
+                "unsupported",
+            )
 
 
 def admission_of(renderer: Any) -> Admission:

@@ -105,11 +105,14 @@ def _admit_before_response(preprocess: Any) -> Any:
         if explain:
             _check_explainable(request, engine_inputs, account)
         max_tokens = getattr(request, "max_completion_tokens", None) or getattr(request, "max_tokens", None)
+        scored = getattr(request, "prompt_logprobs", None) is not None or (
+            bool(getattr(request, "echo", False)) and bool(getattr(request, "logprobs", None))
+        )
         admission = admission_of(self.renderer)
         for engine_input in engine_inputs:
             # Rendering many terms takes a while; the event loop serves the others meanwhile.
             admitted = await asyncio.get_running_loop().run_in_executor(
-                self.renderer._executor, admission.admit, engine_input, value, max_tokens
+                self.renderer._executor, admission.admit, engine_input, value, max_tokens, scored
             )
             if account is not None:
                 account.add([len(admitted.leader), *map(len, admitted.spec.prompts)])

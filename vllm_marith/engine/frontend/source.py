@@ -24,13 +24,18 @@ class Completion:
     prompt: Mapping[str, Any]
     tok_params: Any
 
-    def render(self, renderer: Any, term: Term) -> list[int]:
+    def render(self, renderer: Any, term: Term, kept: list[int] | None = None) -> list[int]:
         """Token ids of a term's prompt: ``system + "\\n" + input``, or the template with its input.
 
         The beginning-of-sequence token is added once, as the tokenizer does for any prompt, even
         where a template spells it out.
+
+        Args:
+            kept: token ids of the client's text, if the term's prompt must contain just these.
         """
         text = self.prompt.get("prompt")
+        if isinstance(text, str) and kept is not None:
+            return self._around_ids(renderer, term, kept)
         if isinstance(text, str):
             (engine_input,) = renderer.render_cmpl([{"prompt": _fill(term, text)}], self.tok_params)
             return _single_bos(renderer, engine_input["prompt_token_ids"])
@@ -65,14 +70,17 @@ class Chat:
     chat_params: Any
     tok_params: Any
 
-    def render(self, renderer: Any, term: Term) -> list[int]:
+    def render(self, renderer: Any, term: Term, kept: list[int] | None = None) -> list[int]:
         """Token ids of the conversation with the term's system message, through the chat template.
 
         A term with a ``prompt`` template rewrites the last user message instead.
 
         Raises:
-            ValueError: the template has no user message of text to rewrite.
+            ValueError: the template has no user message of text to rewrite, or the conversation's token ids
+                must be kept, which a chat template cannot promise.
         """
+        if kept is not None:
+            raise ValueError("log-probabilities of the prompt are for completions, not for conversations")
         messages = [dict(message) for message in self.messages]
         if term.system is not None:
             if messages and messages[0].get("role") in ("system", "developer"):

@@ -111,11 +111,13 @@ class JointGroup:
     """A group all of whose members sample in this step.
 
     Attributes:
-        rows: of its members, leader first.
+        ids: of its members' requests, leader first.
+        rows: of its members.
         tag: the leader's.
         routine: what is done with the rows.
     """
 
+    ids: list[str]
     rows: list[int]
     tag: MemberTag
     routine: Routine
@@ -262,7 +264,9 @@ def _joint_groups(
             # and drops its tokens, so leaving the rows alone is safe here.
             continue
         tag = leader[1]
-        groups.append(JointGroup([group[i][0] for i in range(tag.size)], tag, _routine(tag.routine)))
+        rows = [group[i][0] for i in range(tag.size)]
+        ids = [request_ids[row] for row in rows]
+        groups.append(JointGroup(ids, rows, tag, _routine(tag.routine)))
     return groups
 
 

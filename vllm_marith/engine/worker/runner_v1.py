@@ -21,6 +21,7 @@ from ..group import FAILURES, KEY
 from .answers import CONTEXT, Continuation
 from .classifiers.rows import ClassifierRows
 from .rows import RowPlans
+from .scoring import RAW_LOGITS, PromptScorer, scored_tag
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
@@ -29,6 +30,7 @@ def install() -> None:
     """Wraps the runner's two functions; idempotent, once per worker process."""
     patches.patch(f"{_RUNNER}.sample_tokens", _with_fusion)
     patches.patch(f"{_RUNNER}._sample", _with_tie)
+    patches.patch(f"{_RUNNER}._get_prompt_logprobs_dict", _with_scores)
 
 
 def _with_fusion(sample_tokens: Any) -> Any:
@@ -86,6 +88,40 @@ def _with_tie(sample: Any) -> Any:
         return output
 
     return tied
+
+
+def _with_scores(get_prompt_logprobs_dict: Any) -> Any:
+    @functools.wraps(get_prompt_logprobs_dict)
+    def scored(self: Any, hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
+        asked = dict(self.num_prompt_logprobs)  # vLLM forgets a request in the step that completes it
+        if not asked:
+            return get_prompt_logprobs_dict(self, hidden_states, num_scheduled_tokens)
+        scorer = self.__dict__.setdefault("marith_scorer", PromptScorer(self.device))
+        scorer.forget_all_but(self.requests)
+        for request_id, tokens in num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            tag = scored_tag(request.sampling_params.extra_args)
+            if tag is not None and tag.group in asked:
+                begin = self.query_start_loc.np[self.input_batch.req_id_to_index[request_id]]
+                part = hidden_states[begin : begin + tokens]
+                scorer.keep(request_id, tag, request.num_prompt_tokens, request.num_computed_tokens, part)
+        found = get_prompt_logprobs_dict(self, hidden_states, num_scheduled_tokens)
+        plans = self.__dict__.get("marith_plans")
+        for group in plans.groups if plans else ():
+            leader = group.ids[0]
+            if group.tag.scored and found.get(leader) is not None:
+                ids = torch.tensor(self.requests[leader].prompt_token_ids[1:], device=self.device)
+                gather = functools.partial(_gather, self, asked[leader])
+                found[leader] = scorer.score(group, self.model.compute_logits, ids, gather)
+        return found
+
+    return scored
+
+
+def _gather(runner: Any, asked: int, logits: torch.Tensor, tokens: torch.Tensor) -> Any:
+    raw = runner.model_config.logprobs_mode in RAW_LOGITS
+    scores = logits if raw else runner.sampler.compute_logprobs(logits)
+    return runner.sampler.gather_logprobs(scores, asked, tokens)
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from .classifiers.loading import load_classifiers
 from .classifiers.rows import ClassifierRows
 from .head import Head, obeys_law
 from .rows import RowPlan, RowPlans
+from .scoring import RAW_LOGITS, PromptScorer, scored_tag
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,11 +52,13 @@ logger = init_logger(__name__)
 
 _RESOLVE = "vllm.v1.worker.gpu.model_states:resolve_model_state_cls"
 _SAMPLE_TOKENS = "vllm.v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens"
+_SCORES = "vllm.v1.worker.gpu.sample.prompt_logprob:PromptLogprobsWorker.compute_prompt_logprobs"
 
 
 def install() -> None:
     """Makes vLLM's model states ours; idempotent, once per worker process, before the model is loaded."""
     patches.patch(_RESOLVE, _with_formulas)
+    patches.patch(_SCORES, _with_scores)
 
 
 def installed() -> bool:
@@ -85,6 +88,46 @@ def _with_failures(sample_tokens: Any) -> Any:
         return output
 
     return reporting
+
+
+def _with_scores(compute_prompt_logprobs: Any) -> Any:
+    @functools.wraps(compute_prompt_logprobs)
+    def scored(
+        self: Any, logits_fn: Any, hidden_states: torch.Tensor, input_batch: InputBatch, *args: Any
+    ) -> Any:
+        found = compute_prompt_logprobs(self, logits_fn, hidden_states, input_batch, *args)
+        groups: StepGroups | None = getattr(logits_fn, "marith_groups", None)
+        if groups is None or not self.in_progress_prompt_logprobs:
+            return found
+        all_token_ids, _, prompt_lengths = args
+        scorer = groups.scorer
+        scorer.forget_all_but(groups.members)
+        starts = input_batch.query_start_loc_np
+        for row, request_id in enumerate(input_batch.req_ids):
+            tag = scored_tag(groups.members.get(request_id))
+            length = int(prompt_lengths[input_batch.idx_mapping_np[row]])
+            if tag is not None and length == input_batch.prefill_len_np[row]:  # else it was scored before
+                begin = int(input_batch.num_computed_prefill_tokens_np[row])
+                part = hidden_states[starts[row] : starts[row + 1]]
+                scorer.keep(request_id, tag, length, begin, part)
+        for group in groups.plans.groups:
+            leader = group.ids[0]
+            if group.tag.scored and leader in found:
+                index = input_batch.idx_mapping_np[group.rows[0]]
+                ids = all_token_ids[index, 1 : group.tag.prompt_length].long()
+                asked = int(self.num_prompt_logprobs[index])
+                gather = functools.partial(_gather, self.logprobs_mode in RAW_LOGITS, asked)
+                found[leader] = scorer.score(group, logits_fn, ids, gather)
+        return found
+
+    return scored
+
+
+def _gather(raw: bool, asked: int, logits: torch.Tensor, tokens: torch.Tensor) -> Any:
+    from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+
+    number = logits.shape[1] if asked == -1 else asked
+    return compute_topk_scores(logits, number, tokens, logits_mode=raw)
 
 
 def _named(vllm_config: Any) -> bool:
@@ -131,6 +174,7 @@ class FormulaState(ModelState):
 
             return self.groups.compute_logits(head, hidden_states)
 
+        fused.__dict__["marith_groups"] = self.groups  # the way from vLLM's other users of the head to them
         model.compute_logits = fused
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
@@ -166,6 +210,7 @@ class StepGroups:
         classifiers: ClassifierRows | None = None,
     ) -> None:
         self.plans = RowPlans(device, combine_hidden_states, classifiers)
+        self.scorer = PromptScorer(device)
         # Request id -> SamplingParams.extra_args, for members of groups only.
         self.members: dict[str, dict[str, Any]] = {}
         # The begun step whose logits have not been computed.
