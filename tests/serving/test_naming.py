@@ -48,6 +48,7 @@ def test_the_base_model_stays_plain(http: TestClient, model: str | None) -> None
         ('{"strength": 0.8}', {"parameters": {"strength": 0.8}}),
         ('{"a": 1, "b": -2}', {"parameters": {"a": 1, "b": -2}}),
         ('{"normalize": "none"}', {"normalize": "none"}),
+        ('{"constraints": {"forbid": ["damn"]}}', {"constraints": {"forbid": ["damn"]}}),
         ("{}", {}),
     ],
 )

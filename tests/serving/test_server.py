@@ -148,6 +148,30 @@ def test_stream_is_the_whole_answer_in_parts(client: openai.OpenAI) -> None:
     assert len([part for part in parts if part]) > 3
 
 
+def test_a_stream_never_shows_what_is_forbidden(client: openai.OpenAI, url: str) -> None:
+    constraints = {"forbid": ["e", "in"], "max_backoffs": 500}
+    wanted = dict(model="tiny", prompt=TEXT, max_tokens=24, temperature=0.8, seed=3, logprobs=1)
+    body = request(constraints=constraints) | {"ignore_eos": True}
+    whole = client.completions.create(**wanted, extra_body=body)
+    stream = client.completions.create(**wanted, extra_body=body, stream=True)
+    parts = [chunk.choices[0].text for chunk in stream]
+    text = whole.choices[0].text
+    assert "".join(parts) == text
+    assert not re.search("e|in", text, re.IGNORECASE)
+    assert re.search("e|in", client.completions.create(**wanted, extra_body=request()).choices[0].text)
+    assert whole.usage.completion_tokens == len(whole.choices[0].logprobs.token_logprobs) == 24
+    cut = client.completions.create(
+        **wanted, extra_body=request(constraints={"forbid": ["e", "a", "i", "o", "u"], "max_backoffs": 0})
+    )
+    assert cut.choices[0].finish_reason == "length"
+    assert cut.choices[0].stop_reason == "constraints"
+    for extra in ({"structured_outputs": {"regex": "a*"}}, {"response_format": {"type": "json_object"}}):
+        for streamed in (False, True):
+            with pytest.raises(openai.BadRequestError, match="cannot be combined with structured output"):
+                client.completions.create(**wanted, extra_body=body | extra, stream=streamed)
+    assert_idle(url)
+
+
 def test_two_choices_differ_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
     wanted = dict(model="tiny", prompt=TEXT, max_tokens=24, temperature=1.0, n=2, seed=11)
     first, again = (client.completions.create(**wanted, extra_body=request()) for _ in range(2))
@@ -227,6 +251,8 @@ MALFORMED: list[tuple[Any, str]] = [
     ),
     (5, "must be a string"),
     (["child"], "must be a string"),
+    ('{"formula": "base", "constraints": {"forbid_regex": ["(a"]}}', "the regular expression '(a' is wrong"),
+    ('{"formula": "base", "constraints": {}}', "'constraints' forbid nothing"),
 ]
 
 

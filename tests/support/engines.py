@@ -77,7 +77,8 @@ def assert_all_returned(llm: Any) -> None:
         assert not found._group_of
         assert not found._released
         assert not found._followers
+        assert not found._answers
         assert not found._compiling
-        assert not found._errors
+        assert not found._last_outputs
         assert len(found.backlog) == 0
         assert not found.backlog._order

@@ -293,7 +293,7 @@ class FakeEngine:
         tables = "requests running waiting kv_holding_waiting deferred_waiting _inflight_prefills"
         if self.options.formulas:
             tables += " groups _group_of _released _gathering _followers _compiling"
-            tables += " _torn _ended _expired _errors"
+            tables += " _torn _ended _expired _last_outputs _answers"
             assert len(scheduler.backlog) == scheduler.backlog.num_requests == 0
             assert not scheduler.backlog._order
         for table in tables.split():

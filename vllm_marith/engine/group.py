@@ -17,6 +17,13 @@ from typing import Any
 KEY = "marith"
 """The entry of ``SamplingParams.extra_args`` (and of a request's ``vllm_xargs``) that is ours."""
 
+BANS = "marith_bans"
+"""An attribute of a step's ``SchedulerOutput`` if leaders must not draw certain tokens in it: leader's id ->
+`Bans`.  For the V1 model runner, which keeps the parameters that a request first came with."""
+
+Bans = tuple[list[int], int | None]
+"""(token ids, seed for the leader's generator from this step on, None for a request without a seed)."""
+
 EXPLAIN = "marith_explain"
 """Asks for the terms' log-probabilities of every token: the entry of ``vllm_xargs``, and the
 ``collective_rpc`` method that fetches them."""
@@ -70,6 +77,7 @@ class GroupSpec:
         explain: key under which workers keep the terms' log-probabilities; empty for none.
         scored: whether the formula's log-probabilities of the leader's prompt are asked for; every member's
             prompt then ends with the leader's but for its first token.
+        constraints: what the answer must not contain, `Constraints.to_dict()`, or None.
     """
 
     prompts: list[list[int]]
@@ -78,6 +86,7 @@ class GroupSpec:
     label: str = OWN_FORMULA
     explain: str = ""
     scored: bool = False
+    constraints: dict[str, Any] | None = None
 
     @property
     def size(self) -> int:
@@ -102,6 +111,9 @@ class MemberTag:
         prompt_length: tokens of the leader's prompt; 0 for followers of groups that are not scored.
         routine, classifiers, explain: as in `GroupSpec`; empty for followers.
         scored: as in `GroupSpec`.
+        banned: tokens that the leader must not draw ...
+        banned_at: ... when its sequence, prompt included, has this length.  For the V2 model runner, which
+            is sent the tag again after every preemption; see `BANS` for the other.
     """
 
     group: str
@@ -112,6 +124,8 @@ class MemberTag:
     classifiers: list[ClassifierTerm] = field(default_factory=list)
     explain: str = ""
     scored: bool = False
+    banned: list[int] = field(default_factory=list)
+    banned_at: int = -1
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

@@ -267,6 +267,7 @@ LEDGER: tuple[Entry, ...] = (
                     *("_inflight_prefills", "kv_cache_manager", "policy", "lora_config", "max_model_len"),
                     *("max_num_active_reqs", "max_num_scheduled_tokens", "num_waiting_for_streaming_input"),
                     *("finished_req_ids_dict", "_pause_state", "pause_state"),
+                    *("vllm_config", "prev_step_scheduled_req_ids"),
                 ),
             ),
             (
@@ -277,7 +278,16 @@ LEDGER: tuple[Entry, ...] = (
                     *("num_output_placeholders", "num_in_flight_tokens", "num_stale_output_tokens"),
                     *("max_tokens", "block_hashes", "_block_hasher", "cache_salt", "client_index"),
                     *("trace_headers", "skip_reading_prefix_cache", "take_events", "is_finished"),
-                    "get_finished_reason",
+                    *("get_finished_reason", "num_output_tokens", "output_token_ids"),
+                    # Taken back: both lists and the hashes made of them.
+                    *("_output_token_ids", "_all_token_ids", "update_block_hashes", "drop_stale_output"),
+                ),
+            ),
+            (
+                "vllm.v1.engine:EngineCoreOutput",
+                (
+                    *("request_id", "new_token_ids", "finish_reason", "stop_reason", "finished"),
+                    *("events", "prefill_stats", "trace_headers"),
                 ),
             ),
             (
@@ -289,6 +299,27 @@ LEDGER: tuple[Entry, ...] = (
             ),
             (_COORDINATOR, ("single_type_managers",)),
             ("vllm.v1.core.block_pool:BlockPool", ("num_gpu_blocks", "get_num_free_blocks")),
+        )
+    ),
+    *(
+        Entry(target, why, "reads", "a scheduler hook on sampled tokens that may refuse them", parameters)
+        for target, why, parameters in (
+            (
+                "vllm.v1.core.sched.utils:check_stop",
+                "whether an answer ends with a token is known before vLLM appends it: its rules are ours",
+                ("request", "max_model_len"),
+            ),
+            (
+                "vllm.v1.core.sched.utils:check_sequence_repetition",
+                "as check_stop",
+                ("token_ids", "params"),
+            ),
+            (
+                "vllm.v1.engine.detokenizer:IncrementalDetokenizer.from_new_request",
+                "what is forbidden is the text that the client would see",
+                ("tokenizer", "request"),
+            ),
+            ("vllm.tokenizers:cached_tokenizer_from_config", "as from_new_request", ("model_config",)),
         )
     ),
     Entry(

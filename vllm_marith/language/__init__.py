@@ -1,5 +1,6 @@
 """The language of formulas: text or Python operators -> `Formula`.  Pure Python; knows nothing of vLLM."""
 
+from vllm_marith.language.constraints import Constraints
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.expression import REQUEST_KEY, Formula, Term
 from vllm_marith.language.limits import Limits, SettingsError
@@ -20,12 +21,14 @@ from vllm_marith.language.operators import (
     union,
 )
 from vllm_marith.language.presets import Preset, PresetError, Presets
-from vllm_marith.language.request import parse_request
+from vllm_marith.language.request import FormulaRequest, parse_request, read_request
 
 __all__ = [
     "REQUEST_KEY",
+    "Constraints",
     "Formula",
     "FormulaError",
+    "FormulaRequest",
     "Limits",
     "Preset",
     "PresetError",
@@ -39,6 +42,7 @@ __all__ = [
     "normalize",
     "parse_request",
     "plausible",
+    "read_request",
     "schedule",
     "self_debias",
     "strength",

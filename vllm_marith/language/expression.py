@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from vllm_marith.language.building import add, divide, multiply, number, scale
 from vllm_marith.language.checks import check_weights
+from vllm_marith.language.constraints import Constraints
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.limits import MAX_NESTING, Limits
 from vllm_marith.language.names import PLAIN_NAME, Normalize, check_normalize, check_term_name
@@ -318,21 +319,31 @@ class Formula(_Arithmetic):
 
         return explain(self)
 
-    def to_json(self) -> str:
+    def to_json(self, constraints: Constraints | Mapping[str, Any] | None = None) -> str:
         """The formula as a server reads it: the value of `vllm_xargs["marith"]`.
 
         Every term is written out, plain ones as {}, so that no preset of the server can take its place.
+
+        Args:
+            constraints: what the answer must not contain.
         """
         terms = {name: term.to_dict() for name, term in self.terms.items()}
-        return json.dumps(
-            {"formula": str(self), "terms": terms, "normalize": self.normalize}, ensure_ascii=False
-        )
+        told: dict[str, Any] = {"formula": str(self), "terms": terms, "normalize": self.normalize}
+        if constraints is not None:
+            told["constraints"] = Constraints.from_json(constraints).to_dict()
+        return json.dumps(told, ensure_ascii=False)
 
-    def sampling_params(self, **vllm_kwargs: Any) -> SamplingParams:
+    def sampling_params(
+        self, *, constraints: Constraints | Mapping[str, Any] | None = None, **vllm_kwargs: Any
+    ) -> SamplingParams:
         """`vllm.SamplingParams(**vllm_kwargs)` that carry this formula, for `vllm.LLM.generate`.
 
+        Args:
+            constraints: what the answer must not contain.
+
         Raises:
-            FormulaError: the formula defines no distribution, or `extra_args` carry a formula already.
+            FormulaError: the formula defines no distribution, the constraints are wrong, or `extra_args`
+                carry a formula already.
             ImportError: vLLM is not installed.
         """
         self.check()
@@ -346,7 +357,7 @@ class Formula(_Arithmetic):
                 "sampling_params() makes vllm.SamplingParams, and vLLM cannot be imported here; install it "
                 "with `pip install 'vllm-marith[cpu]'` or `pip install 'vllm-marith[cuda]'`"
             ) from error
-        extra_args[REQUEST_KEY] = self.to_json()
+        extra_args[REQUEST_KEY] = self.to_json(constraints)
         params: SamplingParams = vllm.SamplingParams(extra_args=extra_args, **vllm_kwargs)
         return params
 

@@ -4,6 +4,7 @@ Either a bare formula over what the server defines, or JSON:
 
     {"formula": "child - 0.6*adult", "terms": {"child": {"system": "You are a child."}}, "normalize": "sum"}
     {"formula": "preadd", "parameters": {"strength": 0.8}}
+    {"formula": "base", "constraints": {"forbid": ["damn"]}}
 
 A name means, in this order: a parameter of the request, i.e. a number; a term of the request; a term of the
 server's presets; a preset, i.e. its formula in parentheses, with the request's values for those of its
@@ -15,11 +16,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_marith.language.building import number
+from vllm_marith.language.constraints import Constraints
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.expression import REQUEST_KEY, Formula, Term
 from vllm_marith.language.limits import Limits
@@ -61,6 +64,15 @@ class RequestSpec(BaseModel):
     terms: dict[str, Any] = Field(default_factory=dict)
     parameters: dict[str, Any] = Field(default_factory=dict)
     normalize: Literal["sum", "none"] | None = None
+    constraints: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class FormulaRequest:
+    """What a request carries: a formula, and what its answer must not contain."""
+
+    formula: Formula
+    constraints: Constraints | None = None
 
 
 class NamedFormula(Protocol):
@@ -85,7 +97,14 @@ class PresetTable(Protocol):
 def parse_request(
     value: object, *, presets: PresetTable | None = None, limits: Limits | None = None
 ) -> Formula:
-    """The formula of a request, checked: it is within the limits and defines a distribution for every input.
+    """The formula of a request, as `read_request` finds it."""
+    return read_request(value, presets=presets, limits=limits).formula
+
+
+def read_request(
+    value: object, *, presets: PresetTable | None = None, limits: Limits | None = None
+) -> FormulaRequest:
+    """A request, checked: its formula is within the limits and defines a distribution for every input.
 
     Args:
         value: what the request carries under "marith".
@@ -112,7 +131,9 @@ def parse_request(
     both = [name for name in parameters if name in own]
     if both:
         raise FormulaError(f"'{both[0]}' is a term and a parameter of one request")
-    return resolve_formula(spec.formula, own, presets, spec.normalize, limits, parameters)
+    formula = resolve_formula(spec.formula, own, presets, spec.normalize, limits, parameters)
+    constraints = None if spec.constraints is None else Constraints.from_json(spec.constraints)
+    return FormulaRequest(formula, constraints)
 
 
 def resolve_formula(

@@ -25,6 +25,8 @@ _WANTED = {
     "model_attributes_type": "a mapping",
     "dataclass_type": "a mapping",
     "list_type": "a list",
+    "tuple_type": "a list",
+    "string_unicode": "valid text",
 }
 
 

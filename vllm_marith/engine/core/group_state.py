@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
@@ -18,6 +19,7 @@ class Group:
     Attributes:
         members: the leader's request, then the followers'.
         ids: their request ids.
+        constraints: as in `GroupSpec`.
         released: the members are in vLLM's queues; otherwise the group waits in the backlog.
         joint: every member has exactly one token left to compute, so a step can sample them
             together.  Once true it stays true until the group is preempted: each joint step leaves
@@ -27,6 +29,7 @@ class Group:
     """
 
     members: list[Request]
+    constraints: dict[str, Any] | None = None
     released: bool = False
     joint: bool = False
     late: list[Request] = field(default_factory=list)
@@ -104,4 +107,4 @@ def build_group(leader: Request, spec: GroupSpec, max_tokens: int) -> Group:
         )
         for tag, prompt in zip(tags[1:], spec.prompts, strict=True)
     ]
-    return Group([leader, *followers])
+    return Group([leader, *followers], spec.constraints)

@@ -50,7 +50,7 @@ class GroupLifecycle(_Base):
         self._torn: dict[str, Group] = {}  # groups of which vLLM preempted a member by itself
         self._ended: dict[str, Group] = {}  # groups a member of which ended in this update
         self._expired: list[str] = []  # followers that ended in this update
-        self._errors: list[tuple[int, EngineCoreOutput]] = []
+        self._last_outputs: list[tuple[int, EngineCoreOutput]] = []
         self.figures = CoreFigures()
         figures.install()
 
@@ -69,7 +69,7 @@ class GroupLifecycle(_Base):
 
         spec = GroupSpec.from_wire(wire)
         self.figures.arrive(request.request_id, spec.size, spec.label)
-        if spec.size == 1:  # nothing to keep together
+        if spec.size == 1 and spec.constraints is None:  # nothing to keep together
             build_group(request, spec, request.max_tokens)
             super().add_request(request)
             return
@@ -113,7 +113,7 @@ class GroupLifecycle(_Base):
         for name, reason in getattr(model_runner_output, FAILURES, {}).items():
             if name in self.requests:
                 self._fail(self.requests[name], reason)
-        if not self._followers and not self._errors:
+        if not self.groups and not self._followers and not self._last_outputs:
             return super().update_from_output(scheduler_output, model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for group in list(self._ended.values()):
@@ -127,9 +127,9 @@ class GroupLifecycle(_Base):
             client.outputs = [o for o in client.outputs if o.request_id not in self._followers]
         self._followers.difference_update(self._expired)
         self._expired.clear()
-        for client_index, error in self._errors:
-            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(error)
-        self._errors.clear()
+        for client_index, last in self._last_outputs:
+            outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(last)
+        self._last_outputs.clear()
         return outputs
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
@@ -174,12 +174,17 @@ class GroupLifecycle(_Base):
     def _fail(self, leader: Request, reason: str) -> None:
         """Ends a group with an error that its client receives with the next outputs."""
         logger.error("marith: request %s failed: %s", leader.request_id, reason)
-        self.finish_requests(leader.request_id, RequestStatus.FINISHED_ERROR)
-        error = EngineCoreOutput(
+        self._end(leader, RequestStatus.FINISHED_ERROR)
+
+    def _end(self, leader: Request, status: RequestStatus, stop_reason: str | None = None) -> None:
+        """Ends a group for a reason of ours, which its client receives with the next outputs."""
+        self.finish_requests(leader.request_id, status)
+        last = EngineCoreOutput(
             request_id=leader.request_id,
             new_token_ids=[],
             finish_reason=leader.get_finished_reason(),
+            stop_reason=stop_reason,
             events=leader.take_events(),
             trace_headers=leader.trace_headers,
         )
-        self._errors.append((leader.client_index, error))
+        self._last_outputs.append((leader.client_index, last))

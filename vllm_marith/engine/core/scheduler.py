@@ -10,6 +10,7 @@ step and then receive the same token.  Four rules over vLLM's own loop achieve i
   never has to preempt;
 - **admission** of a group only when rows and blocks for all its members are free, in strict order
   (see `Backlog`);
+- **take-back**: a group with constraints is preempted to draw tokens again (see `ConstrainedLifecycle`);
 - **end**: followers end with their leader, whatever ended it, and the client never sees them
   (see `GroupLifecycle`).
 
@@ -30,8 +31,8 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from .constraints import ConstrainedLifecycle
 from .group_state import Group, remaining
-from .lifecycle import GroupLifecycle
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,7 +41,7 @@ _POLLED = 64
 """Grammars that a step asks after; the others' turn comes with the next steps."""
 
 
-class GroupMixin(GroupLifecycle):
+class GroupMixin(ConstrainedLifecycle):
     """Adds groups to a vLLM scheduler class.  Without groups every call is vLLM's own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -130,6 +131,7 @@ class GroupMixin(GroupLifecycle):
         self._prefill_allowance = None
         self._check_joint(output)
         self._keep_alive(output)
+        self._tell_bans(output)
         return output
 
     def _find_joint(self, throttle_prefills: bool) -> None:

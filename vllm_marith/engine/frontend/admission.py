@@ -16,7 +16,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 
-from vllm_marith.language import Formula, FormulaError, Limits, Presets, Term, parse_request
+from vllm_marith.language import Formula, FormulaError, FormulaRequest, Limits, Presets, Term, read_request
 from vllm_marith.plan import Plan, encode, lower
 
 from ..classifiers import Card, read_cards
@@ -99,12 +99,13 @@ class Admission:
         self, engine_input: MutableMapping[str, Any], value: Any, max_tokens: int | None, scored: bool
     ) -> Admitted:
         try:
-            formula, plan, label = self._compiler(value)
+            asked, plan, label = self._compiler(value)
         except FormulaError as error:
             refuse(str(error), "formula")
         if engine_input.get("type") != "token":
             refuse("formulas take text or token ids: no images, audio or prompt embeddings")
 
+        formula = asked.formula
         prompts = [self._render(engine_input, name, formula.terms[name], scored) for name in plan.terms]
         if scored:
             _check_scored(formula, plan, prompts)
@@ -113,7 +114,14 @@ class Admission:
         leader, *followers = map(list, members)
         self._check_size([len(ids) for ids in members], max_tokens)
         classifiers = [self._classifier(engine_input, name, formula.terms[name]) for name in plan.classifiers]
-        spec = GroupSpec(followers, encode(plan, member_of), classifiers, label, scored=scored)
+        constraints = asked.constraints.to_dict() if asked.constraints else None
+        if constraints and self.config.model_config.skip_tokenizer_init:
+            refuse("constraints are on text, and this server has no tokenizer")
+        if constraints and scored:
+            refuse("constraints cannot be combined with prompt log-probabilities")
+        spec = GroupSpec(
+            followers, encode(plan, member_of), classifiers, label, scored=scored, constraints=constraints
+        )
         return Admitted(leader, spec, formula, dict(zip(plan.terms, member_of, strict=True)))
 
     def _render(
@@ -214,6 +222,8 @@ class Admission:
                 refuse(f"{what} cannot be combined with a formula")
         scored = params.prompt_logprobs is not None
         leader, spec, *_ = self.admit(engine_input, params.extra_args[KEY], max_tokens, scored)
+        if spec.constraints and params.structured_outputs is not None:
+            refuse_grammar()
         lengths = [len(leader), *map(len, spec.prompts)]
         limits = [params.max_tokens, self.config.model_config.max_model_len - max(lengths)]
         room = self.room(lengths)
@@ -255,7 +265,7 @@ def admission_of(renderer: Any) -> Admission:
 
 
 class _Compiler:
-    """Formulas with one set of presets: a request's text -> (formula, plan, label of its figures)."""
+    """Requests with one set of presets: their text -> (what it asks for, plan, label of its figures)."""
 
     def __init__(
         self, presets: Presets, limits: Limits, cards: Mapping[str, Card], max_classifier_texts: int
@@ -266,22 +276,22 @@ class _Compiler:
         self.max_classifier_texts = max_classifier_texts
         self._remembered = lru_cache(maxsize=1024)(self._compile)
 
-    def __call__(self, value: Any) -> tuple[Formula, Plan, str]:
+    def __call__(self, value: Any) -> tuple[FormulaRequest, Plan, str]:
         """Raises `FormulaError`."""
         return self._remembered(value) if isinstance(value, str) else self._compile(value)
 
-    def _compile(self, value: Any) -> tuple[Formula, Plan, str]:
-        formula = parse_request(value, presets=self.presets, limits=self.limits)
-        for name, term in formula.terms.items():
+    def _compile(self, value: Any) -> tuple[FormulaRequest, Plan, str]:
+        asked = read_request(value, presets=self.presets, limits=self.limits)
+        for name, term in asked.formula.terms.items():
             for what in ("model", "adapter"):
                 if getattr(term, what) is not None:
                     raise FormulaError(
                         f"term '{name}' has its own {what}, which this version cannot serve yet: "
                         "terms may differ in system and prompt"
                     )
-        plan = lower(formula)
-        check_classifiers(plan.classifiers, formula.terms, self.cards, self.max_classifier_texts)
-        return formula, plan, self._label(value)
+        plan = lower(asked.formula)
+        check_classifiers(plan.classifiers, asked.formula.terms, self.cards, self.max_classifier_texts)
+        return asked, plan, self._label(value)
 
     def _label(self, value: str) -> str:
         """The preset's name where the formula is one preset: labels of metrics must be few."""
@@ -306,6 +316,11 @@ Reason = Literal["formula", "size", "unsupported"]
 
 on_refusal: list[Callable[[Reason], None]] = []
 """Called with the reason of every refusal; for metrics."""
+
+
+def refuse_grammar() -> NoReturn:
+    """Raises `RefusedError` for constraints beside structured output."""
+    refuse("constraints cannot be combined with structured output: a grammar takes no token back")
 
 
 def refuse(sentence: str, reason: Reason = "unsupported") -> NoReturn:

@@ -13,7 +13,7 @@ from .. import patches
 from ..group import EXPLAIN, KEY
 from ..plugin import PROCESSOR
 from .account import ACCOUNT, Account, Explained
-from .admission import admission_of, refuse
+from .admission import admission_of, refuse, refuse_grammar
 from .source import SOURCE, Chat, Completion
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
@@ -114,6 +114,10 @@ def _admit_before_response(preprocess: Any) -> Any:
             admitted = await asyncio.get_running_loop().run_in_executor(
                 self.renderer._executor, admission.admit, engine_input, value, max_tokens, scored
             )
+            if admitted.spec.constraints and _has_grammar(request):
+                refuse_grammar()
+            if admitted.spec.constraints and explain:
+                refuse("an answer with constraints cannot be explained: some of its tokens are taken back")
             if account is not None:
                 account.add([len(admitted.leader), *map(len, admitted.spec.prompts)])
                 if explain:
@@ -122,6 +126,12 @@ def _admit_before_response(preprocess: Any) -> Any:
         return rendered
 
     return admitting
+
+
+def _has_grammar(request: Any) -> bool:
+    """Whether a request asks for structured output; what tools imply is seen when its parameters are made."""
+    formatted = getattr(getattr(request, "response_format", None), "type", "text") != "text"
+    return formatted or getattr(request, "structured_outputs", None) is not None
 
 
 def _check_explainable(request: Any, engine_inputs: Any, account: Account | None) -> None:

@@ -141,6 +141,15 @@ class JointGroup:
         )
 
 
+def ban(logits: torch.Tensor, row: int, tokens: Sequence[int]) -> None:
+    """Makes tokens impossible in a row of ``[rows, vocab]``, in place, unless nothing else is possible.
+
+    Then the row stays as it was, and the scheduler is told so by the banned token that is drawn.
+    """
+    banned = logits[row].index_fill(0, torch.tensor(tokens, device=logits.device), -torch.inf)
+    logits[row] = torch.where(torch.isneginf(banned).all(), logits[row], banned)
+
+
 class RowPlans:
     """Builds `RowPlan`s and keeps the last one while the step's rows and dials stay the same."""
 

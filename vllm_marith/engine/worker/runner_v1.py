@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from .. import patches
-from ..group import FAILURES, KEY
+from ..group import BANS, FAILURES, KEY
 from .answers import CONTEXT, Continuation
 from .classifiers.rows import ClassifierRows
-from .rows import RowPlans
+from .rows import RowPlans, ban
 from .scoring import RAW_LOGITS, PromptScorer, scored_tag
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -55,7 +55,12 @@ def _with_fusion(sample_tokens: Any) -> Any:
         plan = plans.plan_step(ids, discarded, lengths, extra_args, functools.partial(_answers, self))
         if plan is not None:
             with torch.inference_mode():
-                self.execute_model_state = state._replace(logits=plan.fuse(state.logits))
+                logits = plan.fuse(state.logits)
+                for request_id, (tokens, seed) in getattr(state.scheduler_output, BANS, {}).items():
+                    ban(logits, self.input_batch.req_id_to_index[request_id], tokens)
+                    if seed is not None:
+                        requests[request_id].generator.manual_seed(seed)
+                self.execute_model_state = state._replace(logits=logits)
         self.marith_plan = plan
         try:
             with _hidden_generators(self.input_batch, discarded, extra_args):

@@ -30,13 +30,13 @@ import torch
 from vllm.logger import init_logger
 
 from .. import patches
-from ..group import FAILURES, KEY
+from ..group import FAILURES, KEY, MemberTag
 from ..settings import Settings
 from .answers import CONTEXT, Answers, Continuation
 from .classifiers.loading import load_classifiers
 from .classifiers.rows import ClassifierRows
 from .head import Head, obeys_law
-from .rows import RowPlan, RowPlans
+from .rows import RowPlan, RowPlans, ban
 from .scoring import RAW_LOGITS, PromptScorer, scored_tag
 
 if TYPE_CHECKING:
@@ -213,6 +213,8 @@ class StepGroups:
         self.scorer = PromptScorer(device)
         # Request id -> SamplingParams.extra_args, for members of groups only.
         self.members: dict[str, dict[str, Any]] = {}
+        # Leader's request id -> its tag, where that bans tokens.
+        self.banning: dict[str, MemberTag] = {}
         # The begun step whose logits have not been computed.
         self.batch: InputBatch | None = None
         self.answers: Answers | None = None
@@ -224,11 +226,15 @@ class StepGroups:
     def add_request(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
         if extra_args and KEY in extra_args:
             self.members[request_id] = extra_args
+            tag = MemberTag.from_wire(extra_args[KEY])
+            if tag.banned:
+                self.banning[request_id] = tag
             # The id of a request that ended may come back with another formula.
             self.plans.forget()
 
     def remove_request(self, request_id: str) -> None:
         self.members.pop(request_id, None)
+        self.banning.pop(request_id, None)
 
     def begin_step(self, batch: InputBatch, answers: Answers) -> None:
         # A dummy batch has no member in it, whatever requests wait for their turn.
@@ -260,6 +266,11 @@ class StepGroups:
         if self.plan is None:
             return head(hidden)
         logits = self.plan.compute_logits(head, hidden)
+        if self.banning and logits is not None:
+            for row, request_id in enumerate(batch.req_ids):
+                tag = self.banning.get(request_id)
+                if tag is not None and lengths[row] == tag.banned_at:
+                    ban(logits, row, tag.banned)
         self.failures = self.plan.failures
         return logits
 
