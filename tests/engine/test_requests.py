@@ -333,7 +333,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "path": (of_terms("base + a", a={"model": "/etc/passwd"}), "must be a name that the server knows"),
     "adapter": (
         of_terms("base + a", a={"adapter": "wizard"}),
-        "term 'a' has its own adapter.*cannot serve yet",
+        "term 'a' has an adapter, and this server runs without --enable-lora",
     ),
     "classifier": (
         of_terms("base + a", a={"classifier": "c"}),

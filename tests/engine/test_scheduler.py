@@ -54,7 +54,7 @@ jobs = st.builds(
     stops=st.booleans(),
     priority=st.integers(0, 2),
     formula=st.sampled_from([True, True, True, False]),
-    adapter=st.integers(0, 2),
+    adapters=st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple),
     grammar=st.sampled_from([False] * 7 + [True]),
 )
 
@@ -179,7 +179,7 @@ def crowd(rng: random.Random) -> tuple[Options, list[tuple[str, Any]]]:
             stops=rng.random() < 0.3,
             priority=rng.randrange(3),
             formula=rng.random() < 0.7,
-            adapter=rng.randrange(3),
+            adapters=tuple(rng.randrange(3) for _ in range(rng.choice([1, 1, 2, 3]))),
             grammar=rng.random() < 0.1,
         )
 

@@ -195,15 +195,66 @@ def test_members_of_one_token_keep_their_rows(tiny_model: Any) -> None:
 
 
 def test_members_of_one_token_and_adapters(tiny_model: Any) -> None:
-    """Released beside another adapter that is admitted first, they do not enter until it is gone."""
+    """Beside a request with another adapter, they do not enter until it is gone."""
     for length in range(40, 45):
         options = Options(max_num_seqs=4, max_num_batched_tokens=4, max_adapters=1)
         engine = FakeEngine(tiny_model, options)
-        engine.add(plain(2, max_tokens=6, adapter=1))
-        engine.add(group(1, 1, adapter=2))
+        engine.add(plain(2, max_tokens=6, adapters=(1,)))
+        engine.add(group(1, 1, adapters=(2,)))
         engine.step()
         engine.add(plain(length))
         engine.drain()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_adapters_of_members_that_are_held(asynchronous: bool, tiny_model: Any) -> None:
+    """vLLM counts the adapters of rows that step only: nobody may take that of a member that waits."""
+    options = Options(asynchronous, max_num_seqs=6, max_num_batched_tokens=8, max_adapters=2)
+    engine = FakeEngine(tiny_model, options)
+    first = engine.add(group(2, 60, adapters=(1, 2), max_tokens=3))
+    for _ in range(3):
+        engine.step()
+    second = engine.add(plain(2, adapters=(3,), max_tokens=3))
+    while engine.jobs[first].ended is None:
+        engine.step()
+        assert not engine.jobs[second].tokens
+    engine.drain()
+    assert engine.scheduler.figures.preempted == 0
+    assert engine.scheduler.preempted_by_vllm == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_more_adapters_than_fit(asynchronous: bool, tiny_model: Any) -> None:
+    """Groups of two adapters of five, and plain requests: each has its turn, in the order they came."""
+    options = Options(asynchronous, max_num_seqs=12, max_num_batched_tokens=24, max_adapters=2)
+    engine = FakeEngine(tiny_model, options)
+    names = []
+    for i in range(30):
+        adapters = (1 + i % 5, 0, 1 + (i + 1 + i // 5) % 5)
+        job = plain(6, adapters=adapters) if i % 4 == 3 else group(5, 9, 3, adapters=adapters)
+        names.append(engine.add(job))
+    entered: dict[str, int] = {}
+    while engine.alive:
+        engine.step()
+        for new in engine.steps[-1].scheduled_new_reqs:
+            if new.req_id in engine.jobs:
+                entered.setdefault(new.req_id, len(engine.steps))
+    assert sorted(entered, key=lambda name: (entered[name], names.index(name))) == names
+    assert engine.scheduler.figures.preempted == 0
+    engine.check_returned()
+
+
+def test_groups_without_adapters_take_none(tiny_model: Any) -> None:
+    """Plain requests with adapters beside them are vLLM's, which lets one wait and goes on with the next."""
+    engine = FakeEngine(tiny_model, Options(max_adapters=1))
+    engine.add(group(5, 9, max_tokens=20))
+    engine.step()
+    for adapter in (1, 2, 1):
+        engine.add(plain(5, adapters=(adapter,), max_tokens=20))
+    for _ in range(3):
+        engine.step()
+    assert [bool(progress.tokens) for progress in engine.jobs.values()] == [True, True, False, True]
+    engine.drain()
 
 
 def test_members_of_one_token_in_a_pause(tiny_model: Any) -> None:

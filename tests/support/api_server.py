@@ -44,7 +44,7 @@ class FakeEngineClient:
         settings = {"presets": str(presets)} if presets else {}
         self.model_config = SimpleNamespace(max_model_len=512, logits_processors=[PROCESSOR])
         self.vllm_config = SimpleNamespace(
-            additional_config={"marith": settings}, model_config=self.model_config
+            additional_config={"marith": settings}, model_config=self.model_config, lora_config=None
         )
         self.renderer = SimpleNamespace(config=self.vllm_config, tokenizer=FakeTokenizer())
         self.input_processor = None

@@ -47,18 +47,20 @@ def generate(
         priority=[job.priority for job in jobs] if by_priority else None,
         use_tqdm=False,
     )
+    return [answers_of(output) for output in outputs]
+
+
+def answers_of(output: Any) -> list[Answer]:
+    """The completions of a `vllm.RequestOutput`."""
     return [
-        [
-            Answer(
-                list(output.prompt_token_ids),
-                list(completion.token_ids),
-                completion.text,
-                completion.finish_reason,
-                [{t: p.logprob for t, p in step.items()} for step in completion.logprobs or []],
-            )
-            for completion in output.outputs
-        ]
-        for output in outputs
+        Answer(
+            list(output.prompt_token_ids),
+            list(completion.token_ids),
+            completion.text,
+            completion.finish_reason,
+            [{t: p.logprob for t, p in step.items()} for step in completion.logprobs or []],
+        )
+        for completion in output.outputs
     ]
 
 

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ class Job:
     prompts: one per member, the leader's first.
     stops: whether `STOP` ends it.
     formula: False makes a plain request, with the first prompt only.
-    adapter: number of the LoRA that all members run with; 0 is none.
+    adapters: numbers of the members' LoRAs, over and over; 0 is none.
     grammar: whether it waits for `FakeEngine.compile` first.
     """
 
@@ -39,7 +40,7 @@ class Job:
     stops: bool = False
     priority: int = 0
     formula: bool = True
-    adapter: int = 0
+    adapters: tuple[int, ...] = (0,)
     grammar: bool = False
 
     @property
@@ -124,8 +125,11 @@ class FakeEngine:
         from vllm.sampling_params import StructuredOutputsParams
         from vllm.v1.request import Request
 
+        from vllm_marith.engine.frontend.adapters import to_wire
+
         leader, *followers = map(list, job.members)
-        spec = GroupSpec(followers, "no worker reads it")
+        adapter, *adapters = self._adapters(job)
+        spec = GroupSpec(followers, "no worker reads it", adapters=list(map(to_wire, adapters)))
         return Request(
             request_id=name,
             prompt_token_ids=leader,
@@ -138,7 +142,7 @@ class FakeEngine:
             pooling_params=None,
             priority=job.priority,
             arrival_time=arrival_time,
-            lora_request=self._adapter(job.adapter),
+            lora_request=adapter,
             block_hasher=self._hasher,
             **kwargs,
         )
@@ -152,11 +156,13 @@ class FakeEngine:
         else:
             grammar.set_result(SimpleNamespace(accept_tokens=lambda request_id, tokens: True))
 
-    def _adapter(self, number: int) -> Any:
+    def _adapters(self, job: Job) -> list[Any]:
+        """The members' adapters, no more of them than admission would let in."""
         from vllm.lora.request import LoRARequest
 
-        used = number and self.options.max_adapters is not None
-        return LoRARequest(f"adapter{number}", number, "nowhere") if used else None
+        numbers = [number for number, _ in zip(cycle(job.adapters), job.members, strict=False)]
+        allowed = sorted({n for n in numbers if n})[: self.options.max_adapters or 0]
+        return [LoRARequest(f"adapter{n}", n, "nowhere") if n in allowed else None for n in numbers]
 
     def _could_fit(self, members: Sequence[Sequence[int]]) -> bool:
         """Whether the engine could hold these prompts, with a token to come, by themselves."""
@@ -246,6 +252,9 @@ class FakeEngine:
         assert output.total_num_scheduled_tokens == sum(scheduled.values())
         assert output.total_num_scheduled_tokens <= options.max_num_batched_tokens
         assert len(scheduler.running) <= options.max_num_seqs
+        if options.max_adapters is not None:
+            rows = [scheduler.requests[name].lora_request for name in scheduled]
+            assert len({row.lora_int_id for row in rows if row}) <= options.max_adapters
         if options.formulas:
             assert not self.strict or not scheduler.groups or not scheduler.preempted_by_vllm
             scheduler.preempted_by_vllm.clear()

@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from vllm_marith import Formula
 
+Model = str | Mapping[str, str]
+"""A model's path, or one for each term."""
 # (name -> float32 logits [vocab], tokens so far) -> the next token.
 Choose = Callable[[dict[str, torch.Tensor], list[int]], int]
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def load(path: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
@@ -35,7 +37,11 @@ class Reference:
 
 
 def generate(
-    model: str, formula: Formula, prompts: Mapping[str, Sequence[int]], length: int, force: Sequence[int] = ()
+    model: Model,
+    formula: Formula,
+    prompts: Mapping[str, Sequence[int]],
+    length: int,
+    force: Sequence[int] = (),
 ) -> Reference:
     """Greedy decoding of `formula`, whose terms continue `prompts` (name -> token ids)."""
     found = Reference([], [], [])
@@ -53,16 +59,16 @@ def generate(
 
 
 @torch.inference_mode()
-def decode(model: str, prompts: Mapping[str, Sequence[int]], length: int, choose: Choose) -> list[int]:
+def decode(model: Model, prompts: Mapping[str, Sequence[int]], length: int, choose: Choose) -> list[int]:
     """`length` tokens that continue every prompt, each chosen by `choose`."""
-    network = load(str(model))
+    networks = {name: load(str(model[name] if isinstance(model, Mapping) else model)) for name in prompts}
     caches = dict.fromkeys(prompts)
     inputs = {name: torch.tensor([list(ids)]) for name, ids in prompts.items()}
     tokens: list[int] = []
     while len(tokens) < length:
         logits = {}
         for name, ids in inputs.items():
-            output = network(ids, past_key_values=caches[name], use_cache=True)
+            output = networks[name](ids, past_key_values=caches[name], use_cache=True)
             caches[name] = output.past_key_values
             logits[name] = output.logits[0, -1]
         tokens.append(int(choose(logits, tokens)))

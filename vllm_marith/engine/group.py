@@ -37,6 +37,9 @@ FAILURES = "marith_failures"
 OWN_FORMULA = "custom"
 """Label of the figures of every formula that is not a preset."""
 
+MemberAdapter = list[Any]
+"""A LoRA adapter: vLLM's ``LoRARequest``, as msgspec writes it."""
+
 
 @dataclass(frozen=True)
 class ClassifierTerm:
@@ -78,6 +81,8 @@ class GroupSpec:
         scored: whether the formula's log-probabilities of the leader's prompt are asked for; every member's
             prompt then ends with the leader's but for its first token.
         constraints: what the answer must not contain, `Constraints.to_dict()`, or None.
+        adapters: of each follower, None for the base model; empty where no follower has one.  The leader's is
+            the request's own.
     """
 
     prompts: list[list[int]]
@@ -87,6 +92,7 @@ class GroupSpec:
     explain: str = ""
     scored: bool = False
     constraints: dict[str, Any] | None = None
+    adapters: list[MemberAdapter | None] = field(default_factory=list)
 
     @property
     def size(self) -> int:

@@ -118,6 +118,24 @@ LEDGER: tuple[Entry, ...] = (
         "a request-expansion hook for plugins",
         ("self", "request_id", "prompt", "params"),
     ),
+    *(
+        Entry(
+            f"vllm.v1.engine.{engine}.{name}_lora",
+            "in Python, terms name the adapters that the engine was given",
+            "wraps",
+            "an engine that lists its adapters by name",
+            ("self", parameter),
+        )
+        for engine in ("llm_engine:LLMEngine", "async_llm:AsyncLLM")
+        for name, parameter in (("add", "lora_request"), ("remove", "lora_id"))
+    ),
+    Entry(
+        "vllm.lora.request:LoRARequest",
+        "a follower has an adapter of its own, which travels as plain data",
+        "reads",
+        "a request-expansion hook for plugins",
+        attributes=("lora_name", "lora_int_id", "load_inplace"),
+    ),
     Entry(
         "vllm.plugins:load_endpoint_plugins",
         "our routes are an endpoint plugin, which vLLM loads only where VLLM_PLUGINS names it",
@@ -328,6 +346,17 @@ LEDGER: tuple[Entry, ...] = (
         "reads",
         _SCHEDULER_API,
         ("self",),
+    ),
+    *(
+        Entry(
+            f"vllm.lora.{module}:{product}",
+            "on CPUs a row without an adapter, index -1, is computed with the adapter in the last slot",
+            "wraps",
+            "vLLM's torch LoRA products skipping the index -1, as its Triton kernels do",
+            ("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor"),
+        )
+        for module in ("ops.torch_ops.lora_ops", "punica_wrapper.punica_cpu")
+        for product in ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
     ),
     Entry(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",

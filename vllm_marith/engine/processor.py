@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import LogitsProcessor as V1LogitsProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as V2LogitsProcessor
 
@@ -35,7 +36,7 @@ class FormulaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     ) -> None:
         """where: the device (V1), or V2's state of all requests."""
         from .settings import Settings
-        from .worker import rows, runner_v1, runner_v2
+        from .worker import cpu_lora, rows, runner_v1, runner_v2
         from .worker.classifiers.loading import load_classifiers
 
         if isinstance(where, torch.device):
@@ -50,6 +51,8 @@ class FormulaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
                     "formulas cannot be served: the worker was started without the extension that "
                     "`--logits-processor marith` sets (parallel_config.worker_extension_cls)"
                 )
+        if vllm_config.lora_config is not None and current_platform.is_cpu():
+            cpu_lora.install()
         if Settings.of(vllm_config).warmup:
             dtype = vllm_config.model_config.dtype
             assert isinstance(dtype, torch.dtype)

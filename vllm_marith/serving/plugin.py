@@ -83,6 +83,7 @@ class FormulaEndpoints:
         """Raises SystemExit with a sentence when a preset has the name of an adapter."""
         served = state.openai_serving_models
         admission = admissions.admission_of(engine_client.renderer)
+        admission.adapters.models = served
         settings = Settings.of(engine_client.vllm_config)
 
         def names() -> tuple[list[str], list[str]]:

@@ -6,6 +6,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
@@ -84,6 +86,7 @@ def build_group(leader: Request, spec: GroupSpec, max_tokens: int) -> Group:
     params.extra_args = {**(params.extra_args or {}), KEY: tags[0].to_wire()}
     leader.sampling_params = params
 
+    adapters = spec.adapters or [None] * len(spec.prompts)
     followers = [
         Request(
             request_id=f"{leader.request_id}+{tag.index}",
@@ -100,11 +103,11 @@ def build_group(leader: Request, spec: GroupSpec, max_tokens: int) -> Group:
             pooling_params=None,
             client_index=leader.client_index,
             arrival_time=leader.arrival_time,
-            lora_request=leader.lora_request,
+            lora_request=msgspec.convert(adapter, LoRARequest | None),
             cache_salt=leader.cache_salt,
             priority=leader.priority,
             block_hasher=leader._block_hasher,
         )
-        for tag, prompt in zip(tags[1:], spec.prompts, strict=True)
+        for tag, prompt, adapter in zip(tags[1:], spec.prompts, adapters, strict=True)
     ]
     return Group([leader, *followers], spec.constraints)

@@ -8,8 +8,8 @@ step and then receive the same token.  Four rules over vLLM's own loop achieve i
   decode come first in the running list (the token budget is at least ``max_num_seqs``), and before
   the loop runs whole groups are preempted until the step's blocks fit, so that the loop itself
   never has to preempt;
-- **admission** of a group only when rows and blocks for all its members are free, in strict order
-  (see `Backlog`);
+- **admission** of a group only when rows, blocks and adapters for all its members are free, in strict
+  order (see `Backlog`);
 - **take-back**: a group with constraints is preempted to draw tokens again (see `ConstrainedLifecycle`);
 - **end**: followers end with their leader, whatever ended it, and the client never sees them
   (see `GroupLifecycle`).
@@ -21,7 +21,7 @@ Source: vllm/v1/core/sched/scheduler.py; every method overridden or read here st
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice, pairwise, takewhile
 from typing import TYPE_CHECKING, Any
@@ -54,12 +54,17 @@ class GroupMixin(ConstrainedLifecycle):
     # --------------------------------------------------------------- admission
 
     def _enqueue_waiting_request(self, request: Request) -> None:
-        """Keeps unreleased members, and plain requests behind a waiting group, out of the queue."""
+        """Keeps unreleased members out of vLLM's queue, and plain requests that they have to share with.
+
+        Those are the ones behind a waiting group, and the ones with an adapter beside groups with adapters.
+        """
         group = self._group_of.get(request.request_id)
         if group is not None:
             if group.released:
                 super()._enqueue_waiting_request(request)
-        elif self.backlog.precedes(request) and not self._holds_kv_blocks(request):
+            return
+        behind = self.backlog.precedes(request) or self._shares_adapters(request)
+        if behind and not self._holds_kv_blocks(request):
             self.backlog.push(request)
         else:
             super()._enqueue_waiting_request(request)
@@ -79,6 +84,8 @@ class GroupMixin(ConstrainedLifecycle):
                 self.backlog.pop()
                 self._release_group(entry)
             else:
+                if self._shares_adapters(entry) and not self._adapters_fit([entry]):
+                    return
                 self.backlog.pop()
                 super()._enqueue_waiting_request(entry)
 
@@ -95,13 +102,13 @@ class GroupMixin(ConstrainedLifecycle):
         if any(m.num_stale_output_tokens and not m.drop_stale_output for m in group.members):
             return False  # tokens sampled before a preemption are still on their way
         rows = self._rows_free() - len(group.members)
-        if rows < 0 or not self._adapters_fit(group.members):
+        if rows < 0:
             return False
         waiting: Iterator[Request] = iter(self.waiting)
         if self.backlog.by_priority:
             waiting = takewhile(lambda r: r < group.leader, waiting)
         ahead = list(islice(waiting, rows + 1))
-        if len(ahead) > rows:
+        if len(ahead) > rows or not self._adapters_fit(group.members):
             return False
         late = [m for g in self._gathering.values() for m in g.late]
         promised = [*ahead, *late, *self.kv_holding_waiting]
@@ -239,17 +246,15 @@ class GroupMixin(ConstrainedLifecycle):
         if not self._gathering or any(r.num_in_flight_tokens for r in self.running):
             return
         stuck = self._gathering.values()
-        if not any(group.is_ready() and self._adapters_fit(group.late) for group in stuck):
+        if not any(group.is_ready() for group in stuck):
             self._preempt_group(max(stuck, key=lambda group: self._rank(group.leader)))
 
     # -------------------------------------------------------------- preemption
 
     def _make_room(self) -> bool:
-        """Preempts the last in line, groups as a whole, until this step's blocks and adapters fit."""
+        """Preempts the last in line, groups as a whole, until this step's blocks fit."""
         preempted = False
-        while not (
-            self._blocks.can_step(self._decodes, self._group_of, self._num_late) and self._adapters_fit()
-        ):
+        while not self._blocks.can_step(self._decodes, self._group_of, self._num_late):
             late = [r for r in self.kv_holding_waiting if r.request_id in self._group_of]
             rows = [*self.running, *late]
             owners = {self._group_of.get(r.request_id, r) for r in rows}
@@ -272,13 +277,25 @@ class GroupMixin(ConstrainedLifecycle):
             return request.priority, request.arrival_time
         return (request.arrival_time,)
 
-    def _adapters_fit(self, newcomers: Iterable[Request] = ()) -> bool:
-        """vLLM counts the adapters of rows that step; rows that are held have theirs too."""
-        if self.lora_config is None:
+    def _shares_adapters(self, request: Request) -> bool:
+        """Whether a plain request with an adapter stands beside groups with adapters."""
+        return request.lora_request is not None and any(
+            member.lora_request for group in self._released.values() for member in group.members
+        )
+
+    def _adapters_fit(self, newcomers: Sequence[Request]) -> bool:
+        """Whether the newcomers' adapters have room beside those of all who were let in before.
+
+        vLLM counts the adapters of the rows that step.  Members that are held, or that it has not come to
+        yet, need theirs in the joint step, so whoever is let in beside a group is counted from then on.
+        """
+        lora = self.lora_config
+        if lora is None or not any(r.lora_request for r in newcomers):
             return True
-        rows = chain(self.running, self.kv_holding_waiting, newcomers)
+        late = [m for g in self._gathering.values() for m in g.late]
+        rows = chain(newcomers, self.running, self.kv_holding_waiting, late, self.waiting)
         adapters = {r.lora_request.lora_int_id for r in rows if r.lora_request}
-        return len(adapters) <= self.lora_config.max_loras
+        return len(adapters) <= lora.max_loras
 
     def _preempt_group(self, group: Group, drop_stale_output: bool = False) -> None:
         self.figures.preempted += 1

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 from vllm.utils.math_utils import cdiv
 
 from vllm_marith.language import Formula, FormulaError, FormulaRequest, Limits, Presets, Term, read_request
@@ -22,13 +23,14 @@ from vllm_marith.plan import Plan, encode, lower
 from ..classifiers import Card, read_cards
 from ..group import EXPLAIN, KEY, OWN_FORMULA, ClassifierTerm, GroupSpec
 from ..settings import Settings
+from .adapters import Adapters, to_wire
 from .classifiers import check_classifiers, classifier_term
 from .source import SOURCE
 
 logger = init_logger(__name__)
 
 _ADMITTED = "marith_admitted"
-"""Key of an engine input that holds (formula text, leader's prompt, group), once rendered."""
+"""Key of an engine input that holds what was asked for and its `Admitted`, once rendered."""
 
 
 class Admitted(NamedTuple):
@@ -39,12 +41,14 @@ class Admitted(NamedTuple):
         spec: the group.
         formula: what it serves.
         member_of: term -> member of the group.
+        adapter: what the leader runs with.
     """
 
     leader: list[int]
     spec: GroupSpec
     formula: Formula
     member_of: dict[str, int]
+    adapter: LoRARequest | None
 
 
 class Admission:
@@ -57,6 +61,7 @@ class Admission:
         self.limits = settings.limits
         self.cards = read_cards(settings.classifiers)
         self.max_classifier_texts = settings.max_classifier_texts
+        self.adapters = Adapters(self.config.lora_config)
         self.use(settings.load_presets())
 
     @property
@@ -73,9 +78,10 @@ class Admission:
         engine_input: MutableMapping[str, Any],
         value: Any,
         max_tokens: int | None,
+        adapter: LoRARequest | None = None,
         scored: bool = False,
     ) -> Admitted:
-        """The leader's prompt and the group of a rendered request.
+        """The leader and the group of a rendered request.
 
         Remembered in ``engine_input``: the server asks before a stream starts, the engine again.
 
@@ -83,23 +89,31 @@ class Admission:
             engine_input: what vLLM's renderer returned.
             value: the client's ``vllm_xargs["marith"]``, whatever it is.
             max_tokens: tokens that the client asked for, None when it left that open.
+            adapter: the request's own, which terms without one run with.
             scored: the client asked for log-probabilities of its prompt.
 
         Raises:
             VLLMValidationError: HTTP 400, with a sentence.
         """
         remembered = engine_input.get(_ADMITTED)
-        if remembered is not None and remembered[0] == (value, scored):
+        if remembered is not None and remembered[0] == (value, adapter, scored):
             return remembered[1]
-        admitted = self._admit(engine_input, value, max_tokens, scored)
-        engine_input[_ADMITTED] = ((value, scored), admitted)
+        admitted = self._admit(engine_input, value, max_tokens, adapter, scored)
+        engine_input[_ADMITTED] = ((value, adapter, scored), admitted)
         return admitted
 
     def _admit(
-        self, engine_input: MutableMapping[str, Any], value: Any, max_tokens: int | None, scored: bool
+        self,
+        engine_input: MutableMapping[str, Any],
+        value: Any,
+        max_tokens: int | None,
+        adapter: LoRARequest | None,
+        scored: bool,
     ) -> Admitted:
         try:
             asked, plan, label = self._compiler(value)
+            terms = {name: asked.formula.terms[name] for name in plan.terms}
+            adapters = self.adapters.of_terms(terms, adapter)
         except FormulaError as error:
             refuse(str(error), "formula")
         if engine_input.get("type") != "token":
@@ -108,21 +122,33 @@ class Admission:
         formula = asked.formula
         prompts = [self._render(engine_input, name, formula.terms[name], scored) for name in plan.terms]
         if scored:
+            if self.config.lora_config is not None:
+                # vLLM puts the adapters of the step's sampled rows on the logits of the prompt's.
+                refuse("log-probabilities of the prompt cannot be combined with --enable-lora")
             _check_scored(formula, plan, prompts)
-        members: dict[tuple[int, ...], int] = {}
-        member_of = [members.setdefault(tuple(ids), len(members)) for ids in prompts]
-        leader, *followers = map(list, members)
-        self._check_size([len(ids) for ids in members], max_tokens)
-        classifiers = [self._classifier(engine_input, name, formula.terms[name]) for name in plan.classifiers]
+        members: dict[tuple[tuple[int, ...], LoRARequest | None], int] = {}
+        member_of = [
+            members.setdefault((tuple(ids), adapter), len(members))
+            for ids, adapter in zip(prompts, adapters, strict=True)
+        ]
+        (leader, leaders_adapter), *followers = ((list(ids), adapter) for ids, adapter in members)
+        self._check_size([len(ids) for ids, _ in members], max_tokens)
         constraints = asked.constraints.to_dict() if asked.constraints else None
         if constraints and self.config.model_config.skip_tokenizer_init:
             refuse("constraints are on text, and this server has no tokenizer")
         if constraints and scored:
             refuse("constraints cannot be combined with prompt log-probabilities")
         spec = GroupSpec(
-            followers, encode(plan, member_of), classifiers, label, scored=scored, constraints=constraints
+            [ids for ids, _ in followers],
+            encode(plan, member_of),
+            [self._classifier(engine_input, name, formula.terms[name]) for name in plan.classifiers],
+            label,
+            scored=scored,
+            constraints=constraints,
+            adapters=[to_wire(adapter) for _, adapter in followers],
         )
-        return Admitted(leader, spec, formula, dict(zip(plan.terms, member_of, strict=True)))
+        of_term = dict(zip(plan.terms, member_of, strict=True))
+        return Admitted(leader, spec, formula, of_term, leaders_adapter)
 
     def _render(
         self, engine_input: MutableMapping[str, Any], name: str, term: Term, scored: bool
@@ -203,8 +229,8 @@ class Admission:
     def expand(self, request: Any, engine_input: MutableMapping[str, Any], max_tokens: int | None) -> None:
         """Puts the group into an ``EngineCoreRequest``, in place.
 
-        The request's prompt becomes the leader's, and ``max_tokens`` is clamped to what the model's
-        context and the KV cache leave for the longest term.
+        The request's prompt and adapter become the leader's, and ``max_tokens`` is clamped to what the
+        model's context and the KV cache leave for the longest term.
 
         Args:
             max_tokens: as in `admit`; the request's own are vLLM's default where the client left it open.
@@ -221,7 +247,8 @@ class Admission:
             if refused:
                 refuse(f"{what} cannot be combined with a formula")
         scored = params.prompt_logprobs is not None
-        leader, spec, *_ = self.admit(engine_input, params.extra_args[KEY], max_tokens, scored)
+        admitted = self.admit(engine_input, params.extra_args[KEY], max_tokens, request.lora_request, scored)
+        leader, spec = admitted.leader, admitted.spec
         if spec.constraints and params.structured_outputs is not None:
             refuse_grammar()
         lengths = [len(leader), *map(len, spec.prompts)]
@@ -231,6 +258,7 @@ class Admission:
         spec = replace(spec, explain=engine_input.get(EXPLAIN, ""))
         params.extra_args = {**params.extra_args, KEY: spec.to_wire()}
         request.prompt_token_ids = leader
+        request.lora_request = admitted.adapter
 
 
 def _check_scored(formula: Formula, plan: Plan, prompts: list[list[int]]) -> None:
@@ -283,12 +311,11 @@ class _Compiler:
     def _compile(self, value: Any) -> tuple[FormulaRequest, Plan, str]:
         asked = read_request(value, presets=self.presets, limits=self.limits)
         for name, term in asked.formula.terms.items():
-            for what in ("model", "adapter"):
-                if getattr(term, what) is not None:
-                    raise FormulaError(
-                        f"term '{name}' has its own {what}, which this version cannot serve yet: "
-                        "terms may differ in system and prompt"
-                    )
+            if term.model is not None:
+                raise FormulaError(
+                    f"term '{name}' has its own model, which this version cannot serve yet: terms may "
+                    "differ in system, prompt and adapter"
+                )
         plan = lower(asked.formula)
         check_classifiers(plan.classifiers, asked.formula.terms, self.cards, self.max_classifier_texts)
         return asked, plan, self._label(value)

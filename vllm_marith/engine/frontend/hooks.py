@@ -13,11 +13,14 @@ from .. import patches
 from ..group import EXPLAIN, KEY
 from ..plugin import PROCESSOR
 from .account import ACCOUNT, Account, Explained
+from .adapters import Adapters
 from .admission import admission_of, refuse, refuse_grammar
 from .source import SOURCE, Chat, Completion
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
 _ONLINE = "vllm.renderers.online_renderer:OnlineRenderer"
+_ENGINE = "vllm.v1.engine.llm_engine:LLMEngine"
+_ASYNC_ENGINE = "vllm.v1.engine.async_llm:AsyncLLM"
 
 
 def install() -> None:
@@ -29,6 +32,10 @@ def install() -> None:
     patches.patch(f"{_ONLINE}.preprocess_cmpl", _admit_before_response)
     patches.patch(f"{_ONLINE}.preprocess_chat", _admit_before_response)
     patches.patch("vllm.v1.engine.input_processor:InputProcessor.process_inputs", _expand)
+    patches.patch(f"{_ENGINE}.add_lora", _noting_adapters)
+    patches.patch(f"{_ENGINE}.remove_lora", _forgetting_adapters)
+    patches.patch(f"{_ASYNC_ENGINE}.add_lora", _noting_adapters_async)
+    patches.patch(f"{_ASYNC_ENGINE}.remove_lora", _forgetting_adapters_async)
 
 
 def _note_completions(renderer: Any, prompts: Any, tok_params: Any, rendered: Any) -> Any:
@@ -109,10 +116,11 @@ def _admit_before_response(preprocess: Any) -> Any:
             bool(getattr(request, "echo", False)) and bool(getattr(request, "logprobs", None))
         )
         admission = admission_of(self.renderer)
+        adapter = admission.adapters.known.get(getattr(request, "model", None) or "")
         for engine_input in engine_inputs:
             # Rendering many terms takes a while; the event loop serves the others meanwhile.
             admitted = await asyncio.get_running_loop().run_in_executor(
-                self.renderer._executor, admission.admit, engine_input, value, max_tokens, scored
+                self.renderer._executor, admission.admit, engine_input, value, max_tokens, adapter, scored
             )
             if admitted.spec.constraints and _has_grammar(request):
                 refuse_grammar()
@@ -162,3 +170,52 @@ def _expand(process_inputs: Any) -> Any:
         return request
 
     return expanding
+
+
+def _adapters(engine: Any) -> Adapters | None:
+    """What is known to an engine's formulas; None where it serves none."""
+    if PROCESSOR not in (engine.model_config.logits_processors or ()):
+        return None
+    return admission_of(engine.renderer).adapters
+
+
+def _noting_adapters(add_lora: Any) -> Any:
+    @functools.wraps(add_lora)
+    def noting(self: Any, lora_request: Any) -> Any:
+        added = add_lora(self, lora_request)
+        if (adapters := _adapters(self)) is not None:
+            adapters.add(lora_request)
+        return added
+
+    return noting
+
+
+def _noting_adapters_async(add_lora: Any) -> Any:
+    @functools.wraps(add_lora)
+    async def noting(self: Any, lora_request: Any) -> Any:
+        added = await add_lora(self, lora_request)
+        if (adapters := _adapters(self)) is not None:
+            adapters.add(lora_request)
+        return added
+
+    return noting
+
+
+def _forgetting_adapters(remove_lora: Any) -> Any:
+    @functools.wraps(remove_lora)
+    def forgetting(self: Any, lora_id: int) -> Any:
+        if (adapters := _adapters(self)) is not None:
+            adapters.remove(lora_id)
+        return remove_lora(self, lora_id)
+
+    return forgetting
+
+
+def _forgetting_adapters_async(remove_lora: Any) -> Any:
+    @functools.wraps(remove_lora)
+    async def forgetting(self: Any, lora_id: int) -> Any:
+        if (adapters := _adapters(self)) is not None:
+            adapters.remove(lora_id)
+        return await remove_lora(self, lora_id)
+
+    return forgetting
