@@ -63,7 +63,8 @@ class Adapters:
         most = self._config.max_loras if self._config is not None else 0
         if needed > most:
             raise FormulaError(
-                f"the formula has {needed} different adapters; this server runs {most} at a time (--max-loras)"
+                f"the formula has {needed} different adapters; this server runs {most} at a time "
+                "(--max-loras)"
             )
         return found
 
