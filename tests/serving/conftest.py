@@ -53,7 +53,8 @@ def served_presets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def url(tiny_model: Path, served_presets: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real server, in its ordinary processes."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with server.serve(tiny_model, log, {"presets": str(served_presets)}) as url:
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with server.serve(tiny_model, log, {"presets": str(served_presets)}, *tools) as url:
         yield url
 
 

@@ -134,6 +134,36 @@ def test_chat_gives_each_term_its_system_message(client: openai.OpenAI, tiny_mod
     assert answer.usage.prompt_tokens == len(prompts["child"])
 
 
+def test_a_named_tool_and_a_schema(client: openai.OpenAI) -> None:
+    schema: dict[str, Any] = {
+        "type": "object",
+        "properties": {"mood": {"enum": ["calm", "wild"]}},
+        "required": ["mood"],
+    }
+    schema["additionalProperties"] = False
+    tokenizer = tiny.tokenizer()
+    blank = [token for token in range(tiny.VOCAB) if not tokenizer.decode([token]).strip()]
+    asked: dict[str, Any] = dict(
+        model="tiny",
+        messages=[{"role": "user", "content": TEXT}],
+        max_tokens=100,
+        temperature=0,
+        logit_bias={str(token): -100 for token in blank[:300]},  # which JSON allows without end
+    )
+    function = {"name": "set_mood", "strict": True, "parameters": schema}
+    tool: Any = {"type": "function", "function": function}
+    choice: Any = {"type": "function", "function": {"name": "set_mood"}}
+    answer = client.chat.completions.create(**asked, tools=[tool], tool_choice=choice, extra_body=request())
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "set_mood"
+    assert json.loads(call.function.arguments)["mood"] in ("calm", "wild")
+
+    form: Any = {"type": "json_schema", "json_schema": {"name": "mood", "schema": schema}}
+    answer = client.chat.completions.create(**asked, response_format=form, extra_body=request())
+    assert json.loads(answer.choices[0].message.content or "")["mood"] in ("calm", "wild")
+
+
 def test_stream_is_the_whole_answer_in_parts(client: openai.OpenAI) -> None:
     wanted = dict(
         model="tiny",

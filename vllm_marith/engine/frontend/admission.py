@@ -243,6 +243,7 @@ class Admission:
             (request.prompt_embeds is not None, "prompt embeddings"),
             (bool(request.mm_features), "images or audio"),
             (request.resumable, "streaming input sessions"),
+            (params.prompt_logprob_token_ids is not None, "log-probabilities of chosen prompt tokens"),
         ):
             if refused:
                 refuse(f"{what} cannot be combined with a formula")
