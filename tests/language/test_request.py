@@ -173,7 +173,8 @@ REFUSALS = [
     ('{"formla": "a"}', "unknown key 'formla' in 'marith'; did you mean 'formula'?"),
     (
         '{"formula": "base", "x": 1}',
-        "unknown key 'x' in 'marith'; the keys are formula, terms, parameters, normalize",
+        "unknown key 'x' in 'marith'; the keys are formula, terms, parameters, normalize, constraints, "
+        "explain",
     ),
     ('{"formula": "base", "terms": []}', "'terms' must be a mapping, not a list"),
     ('{"formula": "base", "terms": {"a": 3}}', "the term 'a': a term must be a mapping, not the number 3"),

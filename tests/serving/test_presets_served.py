@@ -219,7 +219,7 @@ def test_explain_and_formulas(url: str) -> None:
 
 def test_an_answer_explains_itself(client: openai.OpenAI) -> None:
     """What the terms pushed is what the formula's log-probabilities differ by, at every token."""
-    asked = {"vllm_xargs": {"marith": "preadd", "marith_explain": 1}} | LONG
+    asked = {"vllm_xargs": {"marith": '{"formula": "preadd", "explain": true}'}} | LONG
     answer = client.completions.create(model="tiny", prompt=TEXT, **GREEDY, logprobs=2, extra_body=asked)
     tokens = answer.model_extra["marith"]["tokens"]  # type: ignore[index]
     assert "".join(token["text"] for token in tokens) == answer.choices[0].text
@@ -237,7 +237,7 @@ def test_an_answer_explains_itself(client: openai.OpenAI) -> None:
         messages=MESSAGES,
         **GREEDY,
         stream=True,
-        extra_body=asked | {"vllm_xargs": {"marith_explain": 1}},
+        extra_body=asked | {"vllm_xargs": {"marith_explain": 1}},  # the short form
     )
     text = explained = ""
     for chunk in stream:

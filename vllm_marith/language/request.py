@@ -65,14 +65,22 @@ class RequestSpec(BaseModel):
     parameters: dict[str, Any] = Field(default_factory=dict)
     normalize: Literal["sum", "none"] | None = None
     constraints: dict[str, Any] | None = None
+    explain: bool = False
 
 
 @dataclass(frozen=True)
 class FormulaRequest:
-    """What a request carries: a formula, and what its answer must not contain."""
+    """What a request carries.
+
+    Attributes:
+        formula: checked.
+        constraints: what the answer must not contain.
+        explain: whether the answer comes with what each term said about its tokens.
+    """
 
     formula: Formula
     constraints: Constraints | None = None
+    explain: bool = False
 
 
 class NamedFormula(Protocol):
@@ -133,7 +141,7 @@ def read_request(
         raise FormulaError(f"'{both[0]}' is a term and a parameter of one request")
     formula = resolve_formula(spec.formula, own, presets, spec.normalize, limits, parameters)
     constraints = None if spec.constraints is None else Constraints.from_json(spec.constraints)
-    return FormulaRequest(formula, constraints)
+    return FormulaRequest(formula, constraints, spec.explain)
 
 
 def resolve_formula(

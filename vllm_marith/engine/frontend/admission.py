@@ -42,6 +42,7 @@ class Admitted(NamedTuple):
         formula: what it serves.
         member_of: term -> member of the group.
         adapter: what the leader runs with.
+        explain: whether the request itself asks for an explanation of its tokens.
     """
 
     leader: list[int]
@@ -49,6 +50,7 @@ class Admitted(NamedTuple):
     formula: Formula
     member_of: dict[str, int]
     adapter: LoRARequest | None
+    explain: bool
 
 
 class Admission:
@@ -148,7 +150,7 @@ class Admission:
             adapters=[to_wire(adapter) for _, adapter in followers],
         )
         of_term = dict(zip(plan.terms, member_of, strict=True))
-        return Admitted(leader, spec, formula, of_term, leaders_adapter)
+        return Admitted(leader, spec, formula, of_term, leaders_adapter, asked.explain)
 
     def _render(
         self, engine_input: MutableMapping[str, Any], name: str, term: Term, scored: bool
@@ -252,6 +254,8 @@ class Admission:
         leader, spec = admitted.leader, admitted.spec
         if spec.constraints and params.structured_outputs is not None:
             refuse_grammar()
+        if admitted.explain and EXPLAIN not in engine_input:
+            refuse("only the server's completions and chat explain their tokens")
         lengths = [len(leader), *map(len, spec.prompts)]
         limits = [params.max_tokens, self.config.model_config.max_model_len - max(lengths)]
         room = self.room(lengths)

@@ -109,8 +109,6 @@ def _admit_before_response(preprocess: Any) -> Any:
         if value is None:
             return rendered
         engine_inputs = rendered[1] if isinstance(rendered, tuple) else rendered
-        if explain:
-            _check_explainable(request, engine_inputs, account)
         max_tokens = getattr(request, "max_completion_tokens", None) or getattr(request, "max_tokens", None)
         scored = getattr(request, "prompt_logprobs", None) is not None or (
             bool(getattr(request, "echo", False)) and bool(getattr(request, "logprobs", None))
@@ -124,13 +122,16 @@ def _admit_before_response(preprocess: Any) -> Any:
             )
             if admitted.spec.constraints and _has_grammar(request):
                 refuse_grammar()
-            if admitted.spec.constraints and explain:
-                refuse("an answer with constraints cannot be explained: some of its tokens are taken back")
             if account is not None:
                 account.add([len(admitted.leader), *map(len, admitted.spec.prompts)])
-                if explain:
-                    engine_input[EXPLAIN] = key = uuid.uuid4().hex
-                    account.explained = Explained(key, admitted.formula, admitted.member_of)
+            if explain or admitted.explain:
+                asking = _check_explainable(request, engine_inputs, account)
+                if admitted.spec.constraints:
+                    refuse(
+                        "an answer with constraints cannot be explained: some of its tokens are taken back"
+                    )
+                engine_input[EXPLAIN] = key = uuid.uuid4().hex
+                asking.explained = Explained(key, admitted.formula, admitted.member_of)
         return rendered
 
     return admitting
@@ -142,11 +143,12 @@ def _has_grammar(request: Any) -> bool:
     return formatted or getattr(request, "structured_outputs", None) is not None
 
 
-def _check_explainable(request: Any, engine_inputs: Any, account: Account | None) -> None:
+def _check_explainable(request: Any, engine_inputs: Any, account: Account | None) -> Account:
     if account is None or not account.explains:
         refuse("this route cannot explain its tokens; completions and chat can")
     if len(engine_inputs) > 1 or (getattr(request, "n", None) or 1) > 1:
         refuse("one answer at a time can be explained: one prompt and n = 1")
+    return account
 
 
 def _expand(process_inputs: Any) -> Any:
