@@ -1,7 +1,7 @@
 """The plain data of a group, as it travels frontend -> core -> worker.
 
 A *group* is the set of engine requests that serve one formula: one *member* per distinct
-term, where two terms are the same when adapter and prompt token ids are the same.  Member 0
+term, where two terms are the same when base model, adapter and prompt token ids are the same.  Member 0
 is the *leader*, the request that the client sees; the others are *followers*.
 
 Both forms below cross process boundaries inside ``SamplingParams.extra_args["marith"]`` and are
@@ -83,6 +83,8 @@ class GroupSpec:
         constraints: what the answer must not contain, `Constraints.to_dict()`, or None.
         adapters: of each follower, None for the base model; empty where no follower has one.  The leader's is
             the request's own.
+        constituents: of each member, leader first, the number of the base model that it runs on; empty when
+            all run on the model that the server was started with, number 0.
     """
 
     prompts: list[list[int]]
@@ -93,10 +95,16 @@ class GroupSpec:
     scored: bool = False
     constraints: dict[str, Any] | None = None
     adapters: list[MemberAdapter | None] = field(default_factory=list)
+    constituents: list[int] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         return 1 + len(self.prompts)
+
+    @property
+    def members(self) -> list[int]:
+        """Of each member, leader first, its constituent."""
+        return self.constituents or [0] * self.size
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,6 +128,7 @@ class MemberTag:
         banned: tokens that the leader must not draw ...
         banned_at: ... when its sequence, prompt included, has this length.  For the V2 model runner, which
             is sent the tag again after every preemption; see `BANS` for the other.
+        constituent: the number of the base model that the member runs on.
     """
 
     group: str
@@ -132,6 +141,7 @@ class MemberTag:
     scored: bool = False
     banned: list[int] = field(default_factory=list)
     banned_at: int = -1
+    constituent: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -147,12 +157,22 @@ def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberT
     Args:
         prompt_length: of the leader's prompt.
     """
+    own, *others = spec.members
     leader = MemberTag(
-        group, 0, spec.size, prompt_length, spec.routine, spec.classifiers, spec.explain, spec.scored
+        group, 0, spec.size, prompt_length, spec.routine, spec.classifiers, spec.explain, spec.scored, own
     )
     told = prompt_length if spec.scored else 0
-    followers = (MemberTag(group, i, spec.size, told, scored=spec.scored) for i in range(1, spec.size))
+    followers = (
+        MemberTag(group, i, spec.size, told, scored=spec.scored, constituent=j)
+        for i, j in enumerate(others, 1)
+    )
     return [leader, *followers]
+
+
+def constituent_of(extra_args: Mapping[str, Any] | None) -> int:
+    """The constituent of a request with these ``extra_args``; a plain request runs on number 0."""
+    tag = (extra_args or {}).get(KEY)
+    return tag.get("constituent", 0) if isinstance(tag, Mapping) else 0
 
 
 def _with_classifiers(wire: Mapping[str, Any]) -> dict[str, Any]:

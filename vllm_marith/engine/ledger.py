@@ -384,6 +384,14 @@ LEDGER: tuple[Entry, ...] = (
         runner="v1",
     ),
     Entry(
+        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
+        "whose rows a step has, where several base models run: each one's attention sees its own",
+        "wraps",
+        "attention metadata builders that see the batch's requests",
+        ("self", "num_scheduled_tokens"),
+        runner="v1",
+    ),
+    Entry(
         "vllm.v1.worker.gpu_model_runner:ExecuteModelState",
         "fused logits take the place of the step's own",
         "reads",
@@ -507,6 +515,21 @@ LEDGER: tuple[Entry, ...] = (
                 "prepare_inputs",
                 "the step's requests in the order of its rows",
                 ("self", "input_batch", "req_states"),
+            ),
+            (
+                "prepare_attn",
+                "whose rows a step has, where several base models run",
+                (
+                    *(
+                        "self",
+                        "input_batch",
+                        "cudagraph_mode",
+                        "block_tables",
+                        "slot_mappings",
+                        "attn_groups",
+                    ),
+                    *("kv_cache_config", "for_capture", "ubatch_idx"),
+                ),
             ),
             (
                 "custom_sampler",

@@ -83,6 +83,10 @@ def enable(config: VllmConfig) -> None:
         settings = Settings.of(config)
         settings.load_presets()
         read_cards(settings.classifiers)
+        if settings.constituents:
+            from .constituents.config import prepare
+
+            prepare(config, settings)
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
     if settings.classifiers and config.model_config.skip_tokenizer_init:
@@ -97,7 +101,9 @@ def enable(config: VllmConfig) -> None:
 
     # Whichever runner this process would choose: workers decide for themselves.
     parallel = config.parallel_config
-    parallel.worker_extension_cls = extension.name_over(parallel.worker_extension_cls)
+    parallel.worker_extension_cls = extension.name_over(
+        parallel.worker_extension_cls, constituents=bool(settings.constituents)
+    )
     hooks.install()
 
 

@@ -41,7 +41,7 @@ class FormulaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
         if isinstance(where, torch.device):
             device = where
-            runner_v1.install()
+            runner_v1.install(constituents=bool(Settings.of(vllm_config).constituents))
             self.classifiers = load_classifiers(vllm_config, device)
         else:
             device = where.device

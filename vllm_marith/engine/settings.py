@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from vllm_marith.language.names import PLAIN_NAME
 from vllm_marith.language.presets import Presets
@@ -28,7 +36,34 @@ def _requestable(name: str) -> str:
     return name
 
 
-ClassifierName = Annotated[str, AfterValidator(_requestable)]
+Name = Annotated[str, AfterValidator(_requestable)]
+
+
+class ConstituentSettings(BaseModel):
+    """Another base model of the engine, beside the one that the server was started with.
+
+    Attributes:
+        path: directory or Hugging Face name.
+        revision: of a Hugging Face repository.
+        dtype: as vLLM's ``--dtype``; by default the base model's.
+        quantization: as vLLM's ``--quantization``; by default what the model's own files say.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    revision: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        """A string is a path and nothing else."""
+        return {"path": value} if isinstance(value, str) else value
+
+
+_NESTED: dict[str, type[BaseModel]] = {"classifiers": ClassifierSettings, "constituents": ConstituentSettings}
 
 
 class Settings(BaseModel):
@@ -39,6 +74,10 @@ class Settings(BaseModel):
         limits: bounds on what one request may ask for.
         classifiers: name -> sequence classifier that terms may use.
         max_classifier_texts: texts that all classifiers together may read for one token of one request.
+        constituents: further base models by the names that terms call them by, see
+            `vllm_marith.engine.constituents`.
+        block_sizes: tokens in a KV-cache block of the base model and of each constituent; by default
+            chosen at the start such that little memory is left over.
         combine_hidden_states: whether linear formulas are applied before the LM head where its law
             allows it, see `vllm_marith.engine.worker.head`; V2 model runner only.
         warmup: whether each worker compiles the fusion kernels before it serves.
@@ -48,8 +87,10 @@ class Settings(BaseModel):
 
     presets: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
     limits: Limits = Field(default_factory=Limits)
-    classifiers: dict[ClassifierName, ClassifierSettings] = Field(default_factory=dict)
+    classifiers: dict[Name, ClassifierSettings] = Field(default_factory=dict)
     max_classifier_texts: Annotated[int, Field(ge=1, strict=True)] = 256
+    constituents: dict[Name, ConstituentSettings] = Field(default_factory=dict)
+    block_sizes: tuple[int, ...] = ()
     combine_hidden_states: bool = False
     warmup: bool = True
 
@@ -69,8 +110,8 @@ class Settings(BaseModel):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             place = ".".join([KEY, *map(str, first["loc"])])
-            nested = first["loc"][0] == "classifiers" and len(first["loc"]) > 1
-            known = ", ".join(sorted((ClassifierSettings if nested else cls).model_fields))
+            nested = _NESTED.get(str(first["loc"][0]), cls) if len(first["loc"]) > 1 else cls
+            known = ", ".join(sorted(nested.model_fields))
             raise ValueError(
                 f"additional_config: {place}: {first['msg'].lower()} (known settings: {known})"
             ) from None

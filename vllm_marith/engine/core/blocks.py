@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vllm.utils.math_utils import cdiv
 from vllm.v1.request import Request
 
+from .constituents import ConstituentCoordinator
 from .group_state import reaches_end, remaining
 
 if TYPE_CHECKING:
@@ -25,22 +26,28 @@ class BlockAccount:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._manager = scheduler.kv_cache_manager
-        # One entry per KV-cache group: a token takes a slot in each of them.
+        # One entry per KV-cache group: a token takes a slot in each of them, or in its constituent's only.
         managers = self._manager.coordinator.single_type_managers
         self._block_sizes = [manager.block_size for manager in managers]
+        coordinator = self._manager.coordinator
+        self._constituents = coordinator if isinstance(coordinator, ConstituentCoordinator) else None
 
     def free(self) -> int:
         return self._manager.block_pool.get_num_free_blocks()
 
-    def room(self, prompt_lengths: Sequence[int], limit: int) -> int:
-        """Tokens, up to `limit`, that members can generate with the whole pool to themselves."""
+    def room(self, prompt_lengths: Sequence[int], constituents: Sequence[int], limit: int) -> int:
+        """Tokens, up to `limit`, that members can generate with the whole pool to themselves.
+
+        prompt_lengths, constituents: of each member.
+        """
         # One block is vLLM's null block.  A group also has to get in again when it was preempted at
         # its full length, and vLLM keeps a watermark free when it admits beside running requests.
         usable = self._manager.block_pool.num_gpu_blocks - 1 - self._manager.watermark_blocks
 
         def need(num_generated: int) -> int:
             # The last token is never computed.
-            return sum(self._to_hold(length + num_generated - 1) for length in prompt_lengths)
+            lengths = [length + num_generated - 1 for length in prompt_lengths]
+            return sum(map(self._to_hold, lengths, constituents))
 
         if limit < 1 or need(limit) <= usable:
             return limit
@@ -80,7 +87,7 @@ class BlockAccount:
                 if reaches_end(request):
                     continue
                 num_tokens = 1
-                free -= sum(computed % size == 0 for size in sizes)
+                free -= sum(computed % size == 0 for size in self._sizes_of(request))
             else:
                 unheld = remaining(request) - (request.request_id in held)
                 num_tokens = max(0, min(unheld, budget))
@@ -101,8 +108,16 @@ class BlockAccount:
             num_tokens_main_model=num_tokens,
         )
 
-    def _to_hold(self, num_tokens: int) -> int:
+    def _sizes_of(self, request: Request) -> list[int]:
+        """Sizes of the blocks of which each token of a request takes a slot."""
+        if self._constituents is None:
+            return self._block_sizes
+        return [self._block_sizes[self._constituents.constituent(request.request_id)]]
+
+    def _to_hold(self, num_tokens: int, constituent: int) -> int:
         """Most blocks that a request ever holds on its way to `num_tokens` tokens."""
+        if self._constituents is not None:
+            return cdiv(num_tokens, self._block_sizes[constituent])
         return self._manager.coordinator.get_num_blocks_to_allocate(
             request_id="",
             num_tokens=num_tokens,

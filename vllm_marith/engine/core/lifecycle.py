@@ -15,7 +15,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
 from ..group import FAILURES, KEY, GroupSpec
-from . import figures
+from . import constituents, figures
 from .backlog import Backlog
 from .blocks import BlockAccount
 from .figures import CoreFigures
@@ -40,6 +40,7 @@ class GroupLifecycle(_Base):
         self.groups: dict[str, Group] = {}
         self._group_of: dict[str, Group] = {}  # by any member's request id
         self._followers: set[str] = set()
+        constituents.install(self)
         self._blocks = BlockAccount(self)
         # A group is in exactly one of these three.
         self._compiling: dict[str, Group] = {}  # the leader's grammar is not ready yet
@@ -74,7 +75,8 @@ class GroupLifecycle(_Base):
             super().add_request(request)
             return
         lengths = [request.num_prompt_tokens, *map(len, spec.prompts)]
-        room = self._blocks.room(lengths, min(request.max_tokens, self.max_model_len - max(lengths)))
+        limit = min(request.max_tokens, self.max_model_len - max(lengths))
+        room = self._blocks.room(lengths, spec.members, limit)
         if room < 1 or spec.size > self.max_num_active_reqs:
             super().add_request(request)
             self._fail(request, "the group can never fit this engine")

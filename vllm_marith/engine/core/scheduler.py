@@ -32,6 +32,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from .constraints import ConstrainedLifecycle
+from .constituents import lookup
 from .group_state import Group, remaining
 
 if TYPE_CHECKING:
@@ -194,14 +195,15 @@ class GroupMixin(ConstrainedLifecycle):
 
         limit: in vLLM 0.33, how long a hit may be at most.
         """
-        hit = super()._get_local_prefix_cache_hit(request, *limit)
-        group = self._group_of.get(request.request_id)
-        if group is None or group.joint or hit[1] < request.num_tokens - 1:
-            return hit
         manager = self.kv_cache_manager
-        blocks, num_cached, num_uncached = manager.coordinator.find_longest_cache_hit(
-            request.block_hashes, request.num_tokens - 2
-        )
+        with lookup(manager.coordinator, request):
+            hit = super()._get_local_prefix_cache_hit(request, *limit)
+            group = self._group_of.get(request.request_id)
+            if group is None or group.joint or hit[1] < request.num_tokens - 1:
+                return hit
+            blocks, num_cached, num_uncached = manager.coordinator.find_longest_cache_hit(
+                request.block_hashes, request.num_tokens - 2
+            )
         boundary = num_cached + num_uncached if num_uncached else 0
         return manager.create_kv_cache_blocks(blocks), num_cached, boundary, False
 

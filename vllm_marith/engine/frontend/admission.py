@@ -7,7 +7,7 @@ hears of the request: what the engine core receives is known to parse, to render
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -64,6 +64,9 @@ class Admission:
         self.cards = read_cards(settings.classifiers)
         self.max_classifier_texts = settings.max_classifier_texts
         self.adapters = Adapters(self.config.lora_config)
+        # Numbered as everywhere; the base model, number 0, has no name.
+        self.constituents = {name: i for i, name in enumerate(settings.constituents, 1)}
+        self.block_sizes = settings.block_sizes
         self.use(settings.load_presets())
 
     @property
@@ -73,7 +76,9 @@ class Admission:
 
     def use(self, presets: Presets) -> None:
         """Puts other presets in force, all at once; requests that were admitted keep their formula."""
-        self._compiler = _Compiler(presets, self.limits, self.cards, self.max_classifier_texts)
+        self._compiler = _Compiler(
+            presets, self.limits, self.cards, self.max_classifier_texts, self.constituents
+        )
 
     def admit(
         self,
@@ -122,19 +127,22 @@ class Admission:
             refuse("formulas take text or token ids: no images, audio or prompt embeddings")
 
         formula = asked.formula
-        prompts = [self._render(engine_input, name, formula.terms[name], scored) for name in plan.terms]
+        terms = {name: formula.terms[name] for name in plan.terms}
+        prompts = [self._render(engine_input, name, term, scored) for name, term in terms.items()]
         if scored:
             if self.config.lora_config is not None:
                 # vLLM puts the adapters of the step's sampled rows on the logits of the prompt's.
                 refuse("log-probabilities of the prompt cannot be combined with --enable-lora")
             _check_scored(formula, plan, prompts)
-        members: dict[tuple[tuple[int, ...], LoRARequest | None], int] = {}
-        member_of = [
-            members.setdefault((tuple(ids), adapter), len(members))
-            for ids, adapter in zip(prompts, adapters, strict=True)
-        ]
-        (leader, leaders_adapter), *followers = ((list(ids), adapter) for ids, adapter in members)
-        self._check_size([len(ids) for ids, _ in members], max_tokens)
+        models = [self.constituents.get(term.model or "", 0) for term in terms.values()]
+        if scored and any(models):
+            refuse("log-probabilities of a prompt cannot be had of a formula over several models yet")
+        members: dict[tuple[int, LoRARequest | None, tuple[int, ...]], int] = {}
+        keys = zip(models, adapters, map(tuple, prompts), strict=True)
+        member_of = [members.setdefault(key, len(members)) for key in keys]
+        constituents = [model for model, _, _ in members]
+        (leader, leaders_adapter), *followers = ((list(ids), adapter) for _, adapter, ids in members)
+        self._check_size([len(ids) for _, _, ids in members], constituents, max_tokens)
         constraints = asked.constraints.to_dict() if asked.constraints else None
         if constraints and self.config.model_config.skip_tokenizer_init:
             refuse("constraints are on text, and this server has no tokenizer")
@@ -148,6 +156,7 @@ class Admission:
             scored=scored,
             constraints=constraints,
             adapters=[to_wire(adapter) for _, adapter in followers],
+            constituents=constituents if any(constituents) else [],
         )
         of_term = dict(zip(plan.terms, member_of, strict=True))
         return Admitted(leader, spec, formula, of_term, leaders_adapter, asked.explain)
@@ -183,7 +192,7 @@ class Admission:
             refuse(f"term '{name}': {error}")
         return classifier_term(name, term, self.cards[term.classifier], prefix)
 
-    def _check_size(self, lengths: list[int], max_tokens: int | None) -> None:
+    def _check_size(self, lengths: list[int], constituents: list[int], max_tokens: int | None) -> None:
         """Refuses a group that this engine could never hold."""
         config = self.config
         rows = config.scheduler_config.max_num_seqs
@@ -201,7 +210,7 @@ class Admission:
         total, limit = sum(lengths), self.limits.max_prompt_tokens
         if limit is not None and total > limit:
             refuse(f"the terms' prompts have {total} tokens together; this server accepts {limit}", "size")
-        room = self.room(lengths)
+        room = self.room(lengths, constituents)
         wanted = 1 if max_tokens is None else min(max_tokens, context - max(lengths))
         if room is not None and room < wanted:
             fit = f"at most {room}" if room > 0 else "none"
@@ -211,18 +220,23 @@ class Admission:
                 "size",
             )
 
-    def room(self, lengths: list[int]) -> int | None:
-        """Tokens that a group of these prompt lengths can generate in the whole KV cache."""
+    def room(self, lengths: list[int], constituents: list[int]) -> int | None:
+        """Tokens that a group of these prompt lengths, on these constituents, can generate in the whole KV
+        cache."""
         cache, parallel = self.config.cache_config, self.config.parallel_config
         if not cache.num_gpu_blocks:
             return None
         # vLLM reports the sum over data-parallel engines; a group lives in one.  One block is reserved.
         blocks = cache.num_gpu_blocks // parallel.data_parallel_size - 1
-        size = cache.block_size
+        sizes = [self.block_sizes[j] if self.block_sizes else cache.block_size for j in constituents]
+
+        def needed(num_generated: int) -> int:
+            return sum(cdiv(n + num_generated, size) for n, size in zip(lengths, sizes, strict=True))
+
         low, high = 0, self.config.model_config.max_model_len
         while low < high:
             middle = (low + high + 1) // 2
-            if sum(cdiv(length + middle, size) for length in lengths) <= blocks:
+            if needed(middle) <= blocks:
                 low = middle
             else:
                 high = middle - 1
@@ -258,7 +272,7 @@ class Admission:
             refuse("only the server's completions and chat explain their tokens")
         lengths = [len(leader), *map(len, spec.prompts)]
         limits = [params.max_tokens, self.config.model_config.max_model_len - max(lengths)]
-        room = self.room(lengths)
+        room = self.room(lengths, spec.members)
         params.max_tokens = min([*limits, room] if room is not None else limits)
         spec = replace(spec, explain=engine_input.get(EXPLAIN, ""))
         params.extra_args = {**params.extra_args, KEY: spec.to_wire()}
@@ -301,12 +315,18 @@ class _Compiler:
     """Requests with one set of presets: their text -> (what it asks for, plan, label of its figures)."""
 
     def __init__(
-        self, presets: Presets, limits: Limits, cards: Mapping[str, Card], max_classifier_texts: int
+        self,
+        presets: Presets,
+        limits: Limits,
+        cards: Mapping[str, Card],
+        max_classifier_texts: int,
+        constituents: Collection[str],
     ) -> None:
         self.presets = presets
         self.limits = limits
         self.cards = cards
         self.max_classifier_texts = max_classifier_texts
+        self.constituents = constituents
         self._remembered = lru_cache(maxsize=1024)(self._compile)
 
     def __call__(self, value: Any) -> tuple[FormulaRequest, Plan, str]:
@@ -316,10 +336,11 @@ class _Compiler:
     def _compile(self, value: Any) -> tuple[FormulaRequest, Plan, str]:
         asked = read_request(value, presets=self.presets, limits=self.limits)
         for name, term in asked.formula.terms.items():
-            if term.model is not None:
+            if term.model is not None and term.model not in self.constituents:
+                known = ", ".join(self.constituents) or "none"
                 raise FormulaError(
-                    f"term '{name}' has its own model, which this version cannot serve yet: terms may "
-                    "differ in system, prompt and adapter"
+                    f"term '{name}': beside its base model this server has no model '{term.model}'; "
+                    f"its constituents are: {known}"
                 )
         plan = lower(asked.formula)
         check_classifiers(plan.classifiers, asked.formula.terms, self.cards, self.max_classifier_texts)

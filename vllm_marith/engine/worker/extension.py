@@ -20,6 +20,7 @@ from .figures import FIGURES
 
 # No attribute that the module has: looking it up must come to __getattr__.
 _PREFIX = "WithFormulas"
+_PREFIX_OF_SEVERAL = "WithConstituents"
 
 
 class FormulaWorker:
@@ -34,23 +35,29 @@ class FormulaWorker:
         return EVIDENCE.fetch(key, since, last)
 
 
-def name_over(theirs: str) -> str:
+def name_over(theirs: str, *, constituents: bool = False) -> str:
     """The value of ``worker_extension_cls`` that installs the hooks and then gives `theirs`.
 
-    theirs: a qualified class name, or the empty string for none.
+    Args:
+        theirs: a qualified class name, or the empty string for none.
+        constituents: whether the worker loads several base models.
     """
     if theirs.startswith(f"{__name__}."):
         return theirs
-    return f"{__name__}.{_PREFIX}" + (":" + theirs.replace(".", ":") if theirs else "")
+    return f"{__name__}.{_PREFIX_OF_SEVERAL if constituents else _PREFIX}" + (
+        ":" + theirs.replace(".", ":") if theirs else ""
+    )
 
 
 def __getattr__(name: str) -> Any:
     ours, _, theirs = name.partition(":")
-    if ours != _PREFIX:
+    if ours not in (_PREFIX, _PREFIX_OF_SEVERAL):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from . import runner_v2
 
     runner_v2.install()
+    if ours == _PREFIX_OF_SEVERAL:
+        import_module(".constituents.loader", __package__)  # which registers its load format
     if not theirs:
         return FormulaWorker
     module, _, attribute = theirs.replace(":", ".").rpartition(".")

@@ -17,20 +17,41 @@ from typing import Any
 import torch
 
 from .. import patches
-from ..group import BANS, FAILURES, KEY
+from ..group import BANS, FAILURES, KEY, constituent_of
 from .answers import CONTEXT, Continuation
 from .classifiers.rows import ClassifierRows
+from .constituents.models import Constituents
 from .rows import RowPlans, ban
 from .scoring import RAW_LOGITS, PromptScorer, scored_tag
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
 
-def install() -> None:
-    """Wraps the runner's two functions; idempotent, once per worker process."""
+def install(*, constituents: bool = False) -> None:
+    """Wraps the runner's functions; idempotent, once per worker process.
+
+    constituents: whether the runner's model is several, see `engine.worker.constituents`.
+    """
     patches.patch(f"{_RUNNER}.sample_tokens", _with_fusion)
     patches.patch(f"{_RUNNER}._sample", _with_tie)
     patches.patch(f"{_RUNNER}._get_prompt_logprobs_dict", _with_scores)
+    if constituents:
+        patches.patch(f"{_RUNNER}._build_attention_metadata", _with_routing)
+
+
+def _with_routing(build_attention_metadata: Any) -> Any:
+    @functools.wraps(build_attention_metadata)
+    def routed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = self.get_model()
+        counts = kwargs.get("num_scheduled_tokens")
+        # A plain engine may live in this process, too; a dummy run schedules nothing.
+        if counts is not None and isinstance(model, Constituents):
+            ids = self.input_batch.req_ids
+            owners = [constituent_of(self.requests[i].sampling_params.extra_args) for i in ids]
+            model.router.begin_step(owners, [counts[i] for i in ids])
+        return build_attention_metadata(self, *args, **kwargs)
+
+    return routed
 
 
 def _with_fusion(sample_tokens: Any) -> Any:

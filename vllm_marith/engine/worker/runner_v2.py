@@ -30,11 +30,12 @@ import torch
 from vllm.logger import init_logger
 
 from .. import patches
-from ..group import FAILURES, KEY, MemberTag
+from ..group import FAILURES, KEY, MemberTag, constituent_of
 from ..settings import Settings
 from .answers import CONTEXT, Answers, Continuation
 from .classifiers.loading import load_classifiers
 from .classifiers.rows import ClassifierRows
+from .constituents.models import Constituents
 from .head import Head, obeys_law
 from .rows import RowPlan, RowPlans, ban
 from .scoring import RAW_LOGITS, PromptScorer, scored_tag
@@ -145,6 +146,9 @@ def _combines(vllm_config: VllmConfig, head: Head, device: torch.device) -> bool
     if vllm_config.lora_config is not None:
         logger.warning("marith: combine_hidden_states is off: an adapter may sit on the head")
         return False
+    if Settings.of(vllm_config).constituents:
+        logger.warning("marith: combine_hidden_states is off: constituents have heads of their own")
+        return False
     assert isinstance(model.dtype, torch.dtype)
     if not obeys_law(head, model.get_hidden_size(), model.dtype, device):
         logger.warning("marith: combine_hidden_states is off: this model's head is not affine")
@@ -164,6 +168,7 @@ class FormulaState(ModelState):
         super().__init__(vllm_config, model, encoder_cache, device)
         patches.patch(_SAMPLE_TOKENS, _with_failures)  # V2's module is there by now
         compute_logits = model.compute_logits
+        self.owners: dict[str, int] = {}  # request -> its constituent
         combines = _combines(vllm_config, compute_logits, device)
         self.groups = StepGroups(device, combines, load_classifiers(vllm_config, device))
 
@@ -179,12 +184,24 @@ class FormulaState(ModelState):
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         params = new_req_data.sampling_params
-        self.groups.add_request(new_req_data.req_id, params.extra_args if params else None)
+        extra_args = params.extra_args if params else None
+        self.groups.add_request(new_req_data.req_id, extra_args)
+        self.owners[new_req_data.req_id] = constituent_of(extra_args)
         super().add_request(req_index, new_req_data)
 
     def remove_request(self, req_id: str) -> None:
         self.groups.remove_request(req_id)
+        self.owners.pop(req_id, None)
         super().remove_request(req_id)
+
+    def prepare_attn(self, input_batch: InputBatch, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if isinstance(self.model, Constituents):
+            ids = input_batch.req_ids
+            # A dummy batch's requests were never added.
+            if all(i in self.owners for i in ids):
+                counts = input_batch.num_scheduled_tokens[: len(ids)].tolist()
+                self.model.router.begin_step([self.owners[i] for i in ids], counts)
+        return super().prepare_attn(input_batch, *args, **kwargs)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         self.groups.begin_step(input_batch, functools.partial(_answers, input_batch, req_states))

@@ -1,0 +1,65 @@
+"""What the KV cache of an engine with several constituents holds, said once at the start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import iter_layer_specs
+
+from ..constituents.memory import MAX_WASTE, Blocks
+from ..settings import Settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_marith.language import Formula
+
+logger = init_logger("vllm.marith")  # within vLLM's, whose level and handlers the operator sets
+
+
+def report(config: VllmConfig, cache: KVCacheConfig) -> None:
+    """Logs each constituent's share of a block, and how many groups of each preset fit at once."""
+    settings = Settings.of(config)
+    names = ["base", *settings.constituents]
+    groups = cache.kv_cache_groups
+    specs = [next(iter(iter_layer_specs(group.kv_cache_spec))) for group in groups]
+    sizes = [spec.block_size for spec in specs]
+    token_bytes = [
+        spec.page_size_bytes * len(group.layer_names) // spec.block_size
+        for spec, group in zip(specs, groups, strict=True)
+    ]
+    blocks = Blocks.of_sizes(sizes, token_bytes)
+    for name, size, token, waste in zip(names, sizes, token_bytes, blocks.waste, strict=True):
+        logger.log(
+            logging.WARNING if waste > MAX_WASTE else logging.INFO,
+            "marith: constituent %s: %d bytes of KV cache a token, %d tokens a block, %.1f%% of it unused",
+            name,
+            token,
+            size,
+            100 * waste,
+        )
+    numbers = {name: i for i, name in enumerate(settings.constituents, 1)}
+    length, rows = config.model_config.max_model_len, config.scheduler_config.max_num_seqs
+    for name, formula in settings.load_presets().formulas.items():
+        members = list(_members(formula, numbers))
+        needed = sum(cdiv(length, sizes[j]) for j in members)
+        logger.info(
+            "marith: preset %s: %d members; the KV cache holds %d such groups of %d tokens, a step's rows %d",
+            name,
+            len(members),
+            (cache.num_blocks - 1) // needed,
+            length,
+            rows // len(members),
+        )
+
+
+def _members(formula: Formula, numbers: dict[str, int]) -> Iterator[int]:
+    """The constituent of each term that is a language model this server has."""
+    for term in formula.terms.values():
+        if term.classifier is None:
+            yield numbers.get(term.model or "", 0)
