@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,23 @@ def answers_of(output: Any) -> list[Answer]:
     ]
 
 
-def references(model: str, jobs: Sequence[Job], length: int) -> list[reference.Reference]:
-    """The greedy continuations that `jobs` should have."""
-    return [reference.generate(model, job.reference_formula(), ids_of(job), length) for job in jobs]
+def references(
+    model: str, jobs: Sequence[Job], length: int, constituents: Mapping[str, str] | None = None
+) -> list[reference.Reference]:
+    """The greedy continuations that `jobs` should have.
+
+    constituents: name -> path.
+    """
+    return [
+        reference.generate(models_of(job, model, constituents or {}), job.reference_formula(), ids_of(job), length)
+        for job in jobs
+    ]
+
+
+def models_of(job: Job, base: str, constituents: Mapping[str, str]) -> dict[str, str]:
+    """The path of each term's model."""
+    paths = {term: constituents[name] for term, name in job.models.items()}
+    return {term: paths.get(term, base) for term in job.reference_prompts()}
 
 
 def assert_greedy(

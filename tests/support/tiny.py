@@ -9,7 +9,7 @@ from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 SPECIAL = ["<|pad|>", "<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
@@ -45,8 +45,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make(path: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, sharpness: float = 8.0) -> Path:
-    """A random Llama with its tokenizer under `path`.
+def make(
+    path: Path,
+    *,
+    seed: int = 0,
+    hidden: int = 64,
+    layers: int = 2,
+    kv_heads: int = 1,
+    sharpness: float = 8.0,
+    config: type[LlamaConfig | Qwen2Config] = LlamaConfig,
+) -> Path:
+    """A random Llama, or a Qwen2, with its tokenizer under `path`.
 
     sharpness: how far the logits are spread.  Distributions as peaked as a trained model's make
     greedy decoding insensitive to rounding, and make every term matter.
@@ -54,13 +63,13 @@ def make(path: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, sharpn
     if (path / "config.json").exists():
         return path
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    shape = config(
         vocab_size=VOCAB,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 32,
-        num_key_value_heads=1,
+        num_key_value_heads=kv_heads,
         max_position_embeddings=CONTEXT,
         bos_token_id=1,
         eos_token_id=2,
@@ -68,7 +77,7 @@ def make(path: Path, *, seed: int = 0, hidden: int = 64, layers: int = 2, sharpn
         tie_word_embeddings=False,
         initializer_range=0.2,
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(shape)
     with torch.no_grad():
         model.lm_head.weight.mul_(sharpness / (0.2 * hidden**0.5))
     model.save_pretrained(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 
@@ -18,12 +19,14 @@ class Job:
     formula: None for a plain request.
     text: what the client sends.
     prompts: name -> the text that the term's model should see.
+    models: name -> the constituent that the term names; terms that name none are not in it.
     """
 
     text: str
     formula: Formula | None = None
     prompts: dict[str, str] = field(default_factory=dict)
     priority: int = 0
+    models: dict[str, str] = field(default_factory=dict)
 
     def reference_formula(self) -> Formula:
         return self.formula or Formula.parse("base")
@@ -67,10 +70,14 @@ def operator_jobs(rng: random.Random) -> list[Job]:
     return jobs
 
 
-def job(rng: random.Random, num_terms: int, shared: str = "", longest: int = 30) -> Job:
+def job(
+    rng: random.Random, num_terms: int, shared: str = "", longest: int = 30, models: Sequence[str] = ()
+) -> Job:
     """A request over `num_terms` terms of unequal prompts; 0 makes a plain request.
 
-    shared: a prefix that some of the prompts begin with, so that the prefix cache has work.
+    Args:
+        shared: a prefix that some of the prompts begin with, so that the prefix cache has work.
+        models: constituents that terms may name, beside the base model.
     """
     text = words(rng, 2, longest // 2)
     if num_terms == 0:
@@ -88,7 +95,11 @@ def job(rng: random.Random, num_terms: int, shared: str = "", longest: int = 30)
         else:
             terms[f"t{i}"] = {}
             prompts[f"t{i}"] = text
-    return Job(text, Formula.parse(_formula(rng, list(terms)), terms), prompts, rng.randint(0, 2))
+    named = {name: model for name in terms if models and (model := rng.choice(["", *models]))}
+    for name, model in named.items():
+        terms[name]["model"] = model
+    formula = Formula.parse(_formula(rng, list(terms)), terms)
+    return Job(text, formula, prompts, rng.randint(0, 2), named)
 
 
 def _formula(rng: random.Random, names: list[str]) -> str:

@@ -147,19 +147,23 @@ def _check_model(model: ModelConfig) -> None:
 
 
 def _check_vocabulary(base: ModelConfig, other: ModelConfig) -> None:
-    """Raises ValueError unless both models read and write the same tokens under the same numbers."""
+    """Raises ValueError unless both models read and write the same tokens under the same numbers.
+
+    Compared is what a token's number stands for.  The text is tokenized by the base model's tokenizer, once.
+    """
+    columns = base.get_vocab_size()
     ours, theirs = (cached_tokenizer_from_config(model) for model in (base, other))
     if ours is not None and theirs is not None:
         mine, its = ({i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (ours, theirs))
-        for i in sorted(mine.keys() | its.keys()):
+        for i in range(columns):
             if mine.get(i) != its.get(i):
                 raise ValueError(
-                    f"its tokenizer is another: token {i} is {_shown(its, i)}, in the base model's "
+                    f"its vocabulary is another: token {i} is {_shown(its, i)}, in the base model's "
                     f"{_shown(mine, i)}"
                 )
-    if base.get_vocab_size() != other.get_vocab_size():
+    if columns != other.get_vocab_size():
         raise ValueError(
-            f"its logits have {other.get_vocab_size()} columns, the base model's {base.get_vocab_size()}"
+            f"its vocabulary is another: {other.get_vocab_size()} logits, {columns} in the base model"
         )
 
 
