@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
-from tests.support import asynchronous, engines, exactness, reference, tiny, workload
+from tests.support import asynchronous, engines, exactness, reference, runners, tiny, workload
 from tests.support import constituents as several
-from vllm_marith import Formula
+from vllm_marith import Formula, Presets
+from vllm_marith.models.store import Paths, default_home, is_made
 
 LENGTH = 48
 SEED = 11
@@ -58,7 +64,7 @@ def test_greedy_equals_huggingface(
         scheduler = engines.scheduler(llm)
         answers = exactness.generate(llm, jobs(), asked)
         again = exactness.generate(llm, jobs(), asked)  # the prefix cache is warm
-        assert scheduler.most_groups == 3
+        assert several.most_groups(llm) == 3
         preemptions = scheduler.figures.preempted
     assert (preemptions > 0) == ("small_cache" in name)
     wanted = expected(base, tuple(constituents.items()))
@@ -100,3 +106,179 @@ def test_whole_distributions(tmp_path: Path) -> None:
             found = torch.tensor([logprobs[i].logprob for i in range(tiny.VOCAB)])
             assert int(wanted.argmax()) == tokens[step]
             assert float((found - wanted).abs().max()) < 5e-5
+
+
+def test_on_the_v2_runner(models: tuple[str, dict[str, str]]) -> None:
+    """Chunked prompts among rows that decode; the steps' blocks are watched in the runner's own process."""
+    base, constituents = models
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    few = [workload.job(rng, size, "", 14, ["small", "qwen"]) for size in (4, 0, 3)]
+    asked = dict(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0)
+    options = dict(
+        additional_config=several.settings(constituents), max_num_seqs=8, max_num_batched_tokens=24
+    )
+    with runners.start("v2") as runner, runner.open(base, **options) as call:
+        call(several.watch)
+        answers = call(exactness.generate, few, asked)
+        assert call(several.most_groups) == 3
+        call(engines.assert_all_returned)
+    exactness.assert_greedy(few, answers, exactness.references(base, few, 6, constituents))
+
+
+def test_an_abort_returns_every_block(models: tuple[str, dict[str, str]]) -> None:
+    base, constituents = models
+    formula = Formula.parse("base + 0.3*union(s, q)", {"s": {"model": "small"}, "q": {"model": "qwen"}})
+    with several.engine(base, constituents) as llm:
+        for i in range(3):
+            llm.llm_engine.add_request(str(i), "What is rain?", formula.sampling_params(max_tokens=30))
+        for _ in range(4):
+            llm.llm_engine.step()
+        names = [output.request_id for output in llm.llm_engine.step()]
+        assert len(names) == 3
+        assert several.most_groups(llm) == 3
+        llm.llm_engine.abort_request([str(i) for i in range(3)])
+        # The scheduler forgets the last of them with its next step.
+        llm.generate("And snow?", SamplingParams(max_tokens=1), use_tqdm=False)
+
+
+def test_the_prefix_cache_is_each_constituents_own(models: tuple[str, dict[str, str]]) -> None:
+    """What one model has computed of a prompt, no other is given; what it has, it is given again."""
+    base, constituents = models
+    prompt = {"prompt_token_ids": tiny.prompt(random.Random(2), 330, 330)}
+    one_token = dict(temperature=0, max_tokens=1)
+
+    def cached(scheduler: Any) -> list[int]:
+        """Tokens of a request's prefix that each constituent has, longest look-up."""
+        request = next(iter(scheduler.requests.values()))
+        coordinator, lengths = scheduler.kv_cache_manager.coordinator, []
+        for j, manager in enumerate(coordinator.single_type_managers):
+            coordinator._asking = j
+            blocks, length, _ = coordinator.find_longest_cache_hit(request.block_hashes, 330)
+            coordinator._asking = None
+            assert [len(b) * manager.block_size for b in blocks] == [length * (i == j) for i in range(3)]
+            lengths.append(length)
+        return lengths
+
+    with several.engine(base, constituents) as llm:
+        scheduler = engines.scheduler(llm)
+        seen = []
+        for model in (None, "qwen", "small", None):
+            formula = Formula.parse("e", {"e": {} if model is None else {"model": model}})
+            llm.llm_engine.add_request("0", dict(prompt), formula.sampling_params(**one_token))
+            seen.append(cached(scheduler))
+            while llm.llm_engine.has_unfinished_requests():
+                llm.llm_engine.step()
+    # Whole blocks, of 32, 160 and 96 tokens.
+    assert seen == [[0, 0, 0], [320, 0, 0], [320, 0, 288], [320, 320, 288]]
+
+
+class TestRefusals:
+    """One sentence, at the start or as HTTP 400."""
+
+    @pytest.fixture(scope="class")
+    def llm(self, models: tuple[str, dict[str, str]]) -> Iterator[Any]:
+        base, constituents = models
+        with several.engine(base, constituents, num_gpu_blocks_override=28, max_num_seqs=6) as llm:
+            yield llm
+
+    def refusal(self, llm: Any, text: str, terms: dict[str, Any], **asked: Any) -> str:
+        with pytest.raises(VLLMValidationError) as refused:
+            llm.generate(["Hello"], Formula.parse(text, terms).sampling_params(**asked), use_tqdm=False)
+        return str(refused.value)
+
+    def test_an_unknown_model(self, llm: Any) -> None:
+        said = self.refusal(llm, "base + e", {"e": {"model": "large"}})
+        assert "no model 'large'" in said
+        assert said.endswith("its constituents are: small, qwen")
+
+    def test_more_members_than_rows(self, llm: Any) -> None:
+        terms = {f"t{i}": {"system": str(i), "model": "small"} for i in range(7)}
+        assert "7 different terms; this server runs 6 rows" in self.refusal(llm, "+".join(terms), terms)
+
+    def test_more_blocks_than_the_pool_has(self, llm: Any) -> None:
+        # Two members on the base model need 2 x 16 blocks of 32 tokens; 27 are there.
+        on_base = {"a": {"system": "No."}, "b": {"system": "Yes."}}
+        said = self.refusal(llm, "a + b", on_base, max_tokens=500)
+        assert "do not fit the KV cache together" in said
+        # As many tokens of the other models do: 4 + 6 blocks for each pair.
+        models = {"a": "small", "b": "qwen", "c": "small", "d": "qwen"}
+        terms = {name: {"system": name, "model": model} for name, model in models.items()}
+        formula = Formula.parse("a + b + c + d", terms)
+        (output,) = llm.generate(
+            ["Hello"], formula.sampling_params(max_tokens=3, ignore_eos=True), use_tqdm=False
+        )
+        assert len(output.outputs[0].token_ids) == 3
+
+    def test_scores_of_a_prompt(self, llm: Any) -> None:
+        said = self.refusal(llm, "base + e", {"e": {"model": "small"}}, prompt_logprobs=1)
+        assert "over several models" in said
+
+    def test_another_vocabulary(self, models: tuple[str, dict[str, str]], tmp_path: Path) -> None:
+        base, constituents = models
+        other = tmp_path / "other"
+        shutil.copytree(constituents["small"], other)
+        file = other / "tokenizer.json"
+        changed = json.loads(file.read_text())
+        vocabulary = changed["model"]["vocab"]
+        a, b = (token for token, i in vocabulary.items() if i in (700, 900))
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+        file.write_text(json.dumps(changed))
+        assert "'strange': its vocabulary is another: token 700 is" in self.start(
+            base, {"strange": str(other)}
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "sentence"),
+        [
+            (dict(enable_lora=True), "--enable-lora cannot be combined with constituents"),
+            (dict(max_model_len=600), "max_model_len"),
+        ],
+    )
+    def test_at_the_start(
+        self, options: dict[str, Any], sentence: str, models: tuple[str, dict[str, str]]
+    ) -> None:
+        base, constituents = models
+        assert sentence in self.start(base, constituents, **options)
+
+    def test_a_model_that_is_not_there(self, models: tuple[str, dict[str, str]]) -> None:
+        assert "constituent 'gone'" in self.start(models[0], {"gone": "/not/there"})
+
+    def start(self, base: str, constituents: dict[str, Any], **options: Any) -> str:
+        with (
+            pytest.raises(ValueError, match=r"\w") as refused,
+            engines.engine(base, additional_config=several.settings(constituents), **options),
+        ):
+            pass
+        return str(refused.value)
+
+
+EXPERTS = Path(__file__).parents[2] / "configs" / "presets" / "experts"
+
+
+def test_trained_experts_steer_a_larger_model() -> None:
+    """DExperts (arXiv 2105.03023) and proxy tuning (arXiv 2401.08565), from the presets that are shipped."""
+    home = default_home()
+    if not all(is_made(name, home) for name in ("big", "expert", "anti", "draft")):
+        pytest.skip("needs the embedded models, which `marith models` makes")
+    made = Paths.under(home)
+    constituents = {name: str(getattr(made, name)) for name in ("expert", "anti", "draft")}
+    presets = Presets.load(EXPERTS)
+    jobs = []
+    for text in ["The licensee shall", "def add(a, b):", "It was a dark night and"]:
+        for formula in (presets.formulas["dexperts"], presets.formulas["proxy_tuning"]):
+            named = {name: term.model for name, term in formula.terms.items() if term.model}
+            jobs.append(workload.Job(text, formula, dict.fromkeys(formula.terms, text), models=named))
+    with several.engine(str(made.big), constituents, max_model_len=256) as llm:
+        tokenizer = llm.get_tokenizer()
+        answers = exactness.generate(
+            llm, jobs, dict(temperature=0, max_tokens=16, logprobs=0, ignore_eos=True)
+        )
+    for job, (answer,) in zip(jobs, answers, strict=True):
+        assert job.formula is not None
+        ids = dict.fromkeys(job.formula.terms, tokenizer(job.text).input_ids)
+        models = {term: constituents[name] for term, name in job.models.items()}
+        wanted = reference.generate(str(made.big), job.formula, ids, 16, models=models)
+        assert answer.tokens == wanted.tokens
+        found = [step[token] for step, token in zip(answer.logprobs, answer.tokens, strict=True)]
+        assert found == pytest.approx(wanted.logprobs, abs=5e-5)

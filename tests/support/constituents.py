@@ -63,21 +63,31 @@ def assert_own_blocks(scheduler: Any) -> int:
     return sum(map(bool, found))
 
 
+def watch(llm: Any) -> None:
+    """From now on `assert_own_blocks` at every step."""
+    scheduler = engines.scheduler(llm)
+    scheduler.most_groups = 0
+    schedule = scheduler.schedule
+
+    @wraps(schedule)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        scheduler.most_groups = max(scheduler.most_groups, assert_own_blocks(scheduler))
+        return output
+
+    scheduler.schedule = watched
+
+
+def most_groups(llm: Any) -> int:
+    """In how many groups any step since `watch` held blocks."""
+    return engines.scheduler(llm).most_groups
+
+
 @contextmanager
 def engine(base: str, constituents: dict[str, Any], **options: Any) -> Iterator[Any]:
-    """An engine whose every step is watched with `assert_own_blocks`; all is returned at the end."""
+    """An engine every step of which is watched; all is returned at the end."""
     marith = options.pop("marith", {})
     with engines.engine(base, additional_config=settings(constituents, **marith), **options) as llm:
-        scheduler = engines.scheduler(llm)
-        scheduler.most_groups = 0
-        schedule = scheduler.schedule
-
-        @wraps(schedule)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            output = schedule(*args, **kwargs)
-            scheduler.most_groups = max(scheduler.most_groups, assert_own_blocks(scheduler))
-            return output
-
-        scheduler.schedule = watched
+        watch(llm)
         yield llm
         engines.assert_all_returned(llm)
