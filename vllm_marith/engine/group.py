@@ -159,7 +159,15 @@ def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberT
     """
     own, *others = spec.members
     leader = MemberTag(
-        group, 0, spec.size, prompt_length, spec.routine, spec.classifiers, spec.explain, spec.scored, own
+        group,
+        0,
+        spec.size,
+        prompt_length,
+        spec.routine,
+        spec.classifiers,
+        spec.explain,
+        spec.scored,
+        constituent=own,
     )
     told = prompt_length if spec.scored else 0
     followers = (

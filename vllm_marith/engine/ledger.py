@@ -241,25 +241,6 @@ LEDGER: tuple[Entry, ...] = (
         newer=("max_cache_hit_length",),  # 0.33
     ),
     *(
-        Entry(f"{_COORDINATOR}.{name}", why, "reads", _SCHEDULER_API, parameters)
-        for name, why, parameters in (
-            (
-                "find_longest_cache_hit",
-                "a shorter hit, where one must be held back",
-                ("self", "block_hashes", "max_cache_hit_length"),
-            ),
-            (
-                "get_num_blocks_to_allocate",
-                "what a step, an admission or a whole group needs of the block pool",
-                (
-                    *("self", "request_id", "num_tokens", "new_computed_blocks", "num_encoder_tokens"),
-                    *("total_computed_tokens", "num_local_computed_tokens", "num_tokens_main_model"),
-                    "apply_admission_cap",
-                ),
-            ),
-        )
-    ),
-    *(
         Entry(f"{_SCHEDULER}.{name}", why, "reads", _SCHEDULER_API, parameters)
         for name, why, parameters in (
             ("_handle_blocked_waiting_request", "a leader's grammar comes first", ("self", "request")),
@@ -381,14 +362,6 @@ LEDGER: tuple[Entry, ...] = (
         "wraps",
         "a hook on the hidden states of prompt tokens",
         ("self", "hidden_states", "num_scheduled_tokens"),
-        runner="v1",
-    ),
-    Entry(
-        "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
-        "whose rows a step has, where several base models run: each one's attention sees its own",
-        "wraps",
-        "attention metadata builders that see the batch's requests",
-        ("self", "num_scheduled_tokens"),
         runner="v1",
     ),
     Entry(
@@ -515,21 +488,6 @@ LEDGER: tuple[Entry, ...] = (
                 "prepare_inputs",
                 "the step's requests in the order of its rows",
                 ("self", "input_batch", "req_states"),
-            ),
-            (
-                "prepare_attn",
-                "whose rows a step has, where several base models run",
-                (
-                    *(
-                        "self",
-                        "input_batch",
-                        "cudagraph_mode",
-                        "block_tables",
-                        "slot_mappings",
-                        "attn_groups",
-                    ),
-                    *("kv_cache_config", "for_capture", "ubatch_idx"),
-                ),
             ),
             (
                 "custom_sampler",

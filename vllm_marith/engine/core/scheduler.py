@@ -31,8 +31,8 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from .constraints import ConstrainedLifecycle
 from .constituents import lookup
+from .constraints import ConstrainedLifecycle
 from .group_state import Group, remaining
 
 if TYPE_CHECKING:
