@@ -277,8 +277,8 @@ def test_trained_experts_steer_a_larger_model() -> None:
     for job, (answer,) in zip(jobs, answers, strict=True):
         assert job.formula is not None
         ids = dict.fromkeys(job.formula.terms, tokenizer(job.text).input_ids)
-        models = {term: constituents[name] for term, name in job.models.items()}
-        wanted = reference.generate(str(made.big), job.formula, ids, 16, models=models)
+        models = exactness.models_of(job, str(made.big), constituents)
+        wanted = reference.generate(models, job.formula, ids, 16)
         assert answer.tokens == wanted.tokens
         found = [step[token] for step, token in zip(answer.logprobs, answer.tokens, strict=True)]
         assert found == pytest.approx(wanted.logprobs, abs=5e-5)

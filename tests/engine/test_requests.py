@@ -329,7 +329,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "term_name": (of_terms("base", **{"a-b": {}}), "cannot name a term"),
     "factor": (of_terms("a", a={"speculative_factor": 0}), "'speculative_factor' must be at least 1"),
-    "model": (of_terms("base + a", a={"model": "small"}), "term 'a' has its own model.*cannot serve yet"),
+    "model": (of_terms("base + a", a={"model": "small"}), "no model 'small'; its constituents are: none"),
     "path": (of_terms("base + a", a={"model": "/etc/passwd"}), "must be a name that the server knows"),
     "adapter": (
         of_terms("base + a", a={"adapter": "wizard"}),

@@ -302,7 +302,7 @@ def test_the_registered_class_serves_both_runners(monkeypatch: pytest.MonkeyPatc
         additional_config={KEY: {"warmup": False}}, model_config=SimpleNamespace(dtype=torch.float32)
     )
     states: Any = SimpleNamespace(device=CPU)
-    monkeypatch.setattr(runner_v1, "install", lambda: None)
+    monkeypatch.setattr(runner_v1, "install", lambda *, constituents: None)
     monkeypatch.setattr(runner_v2, "installed", lambda: True)
     for processor in (
         FormulaLogitsProcessor(config, CPU, False),

@@ -72,7 +72,9 @@ def references(
     constituents: name -> path.
     """
     return [
-        reference.generate(models_of(job, model, constituents or {}), job.reference_formula(), ids_of(job), length)
+        reference.generate(
+            models_of(job, model, constituents or {}), job.reference_formula(), ids_of(job), length
+        )
         for job in jobs
     ]
 
