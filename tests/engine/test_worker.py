@@ -299,7 +299,9 @@ def test_the_registered_class_serves_both_runners(monkeypatch: pytest.MonkeyPatc
     assert issubclass(FormulaLogitsProcessor, V1LogitsProcessor)
     assert issubclass(FormulaLogitsProcessor, V2LogitsProcessor)
     config: Any = SimpleNamespace(
-        additional_config={KEY: {"warmup": False}}, model_config=SimpleNamespace(dtype=torch.float32)
+        additional_config={KEY: {"warmup": False}},
+        model_config=SimpleNamespace(dtype=torch.float32),
+        lora_config=None,
     )
     states: Any = SimpleNamespace(device=CPU)
     monkeypatch.setattr(runner_v1, "install", lambda *, constituents: None)
