@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Proves from vLLM's source that everything in the ledger is there: `python scripts/check_vllm.py WHEEL`.
 
-The ledger (vllm_marith/engine/ledger.py) lists every vLLM symbol that this plugin replaces or relies on.
+The ledger (vllm_marith/engine/ledger/) lists every vLLM symbol that this plugin replaces or relies on.
 For each of them the source of the given vLLM must define it with the parameters and attributes we rely on,
 and call what it is said to call in that order.  Nothing is imported or run, so a release can be checked
 that does not install here.

@@ -1,6 +1,6 @@
 """Touching vLLM: the only place that does, and only what stands in the ledger.
 
-Each entry of the ledger (`ledger`, `constituents.ledger`) says *what* is touched, *why*, *how*, and which
+Each entry of the ledger (`ledger`) says *what* is touched, *why*, *how*, and which
 upstream change would *remove* the need.  `missing` probes the installed vLLM for all of them without
 changing anything, and `patch` is the only place that assigns to a vLLM symbol, so that nothing can be
 touched without standing there.
@@ -14,13 +14,9 @@ from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
-from . import ledger
-from .constituents.ledger import ENTRIES
-from .ledger import Entry
+from .ledger import LEDGER, Entry
 
 __all__ = ["LEDGER", "SUPPORTED", "Entry", "is_patched", "missing", "patch", "shield_llvmlite"]
-
-LEDGER: tuple[Entry, ...] = (*ledger.LEDGER, *ENTRIES)
 
 SUPPORTED = ">=0.32,<0.34"
 """Range of vLLM releases that the suite has passed on; docs/vllm-versions.md says what ran and how."""

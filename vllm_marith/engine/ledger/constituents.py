@@ -1,8 +1,8 @@
-"""The ledger's entries of engines with several base models; see `vllm_marith.engine.ledger`."""
+"""The ledger's entries of engines with several base models."""
 
 from __future__ import annotations
 
-from ..ledger import Entry
+from .entry import Entry
 
 _COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 _SINGLE = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
