@@ -71,7 +71,7 @@ def deep(slots: int, divide: bool) -> Program:
 
 def correctness() -> dict[str, int]:
     counts = {}
-    for part in (programs_are_right, decoding_is_right, races, graphs):
+    for part in (programs_are_right, pipelines_are_right, decoding_is_right, races, graphs):
         if DRY and part is graphs:
             continue
         start = time.time()
@@ -97,6 +97,21 @@ def programs_are_right() -> Iterator[None]:
                 yield
                 aligned = Case(programs, vocab_size, dtype, seed=vocab_size + 1, padding=-vocab_size % 16)
                 one_case(aligned)
+                yield
+
+
+def pipelines_are_right() -> Iterator[None]:
+    """Staged formulas: gates, filters, mixtures, self-debiasing, rows that a classifier makes."""
+    try:
+        from tests.kernels.pipelines import NAMED, Step, check_step
+    except ImportError as error:
+        print(f"pipelines_are_right: left out, {error}")
+        return
+    for vocab_size in (40,) if DRY else (17, 40, 130, 2049):
+        for dtype in DTYPES:
+            for formula in NAMED.values():
+                step = Step((formula, NAMED["sum"]), vocab_size, dtype, seed=vocab_size, masked=0.05)
+                assert check_step(step.decided(), "triton", DEVICE)
                 yield
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from marith_kernels import UNIFORM, Pipeline, Program, Stage, StagedBatch
+from marith_kernels import UNIFORM, Fused, Pipeline, Program, Stage, StagedBatch
 
 from . import definition
 from .cases import DTYPES
@@ -211,7 +211,7 @@ steps = st.builds(
 )
 
 
-def check_step(step: Step, backend: str) -> bool:
+def check_step(step: Step, backend: str, device: str = "cpu") -> bool:
     """Hold a run to the definition, and what an external stage is shown too. False if a decision is close."""
     wanted = step.wanted()
     if any(want.margin <= CLOSE for want in wanted):
@@ -225,17 +225,20 @@ def check_step(step: Step, backend: str) -> bool:
         assert source_logits.shape == out.shape == (len(which), step.vocab_size)
         shown.extend(which)
         for i, (g, s) in enumerate(which):
-            formula, row = step.formulas[g], source_logits[i].double().numpy()
-            assert abs(source_lse[i] - definition.log_sum_exp(row)) < 1e-4
+            formula, row = step.formulas[g], source_logits[i].double().cpu().numpy()
+            assert abs(source_lse[i].cpu() - definition.log_sum_exp(row)) < 1e-4
             source = formula.stages[s].sources[0]
             if source < formula.n_terms:
                 assert np.array_equal(row, terms[rows[g][source]]), "a term is shown as it is"
             out[i] = step.external_row(g, s)
         return torch.logsumexp(out, -1)
 
-    batch = StagedBatch.build(step.formulas, rows)
-    out = torch.full((len(step.formulas), step.vocab_size + 2), math.nan)
-    fused = batch.run(logits, vocab_size=step.vocab_size, external=external_stages, out=out, backend=backend)
+    batch = StagedBatch.build(step.formulas, rows, device)
+    out = torch.full((len(step.formulas), step.vocab_size + 2), math.nan, device=device)
+    on_device = batch.run(
+        logits.to(device), vocab_size=step.vocab_size, external=external_stages, out=out, backend=backend
+    )
+    fused = Fused(*(part.cpu() for part in on_device))
     assert sorted(shown) == [
         (g, s)
         for g, f in enumerate(step.formulas)
