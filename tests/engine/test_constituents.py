@@ -126,6 +126,67 @@ def test_on_the_v2_runner(models: tuple[str, dict[str, str]]) -> None:
     exactness.assert_greedy(few, answers, exactness.references(base, few, 6, constituents))
 
 
+def test_two_ranks_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configuration, KV-cache specs and tags travel; each rank computes half of the heads of every model."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    base = tiny.make(tmp_path / "base", hidden=128, kv_heads=2, sharpness=4.0)
+    small = tiny.make(tmp_path / "small", seed=1, kv_heads=2, sharpness=4.0)
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    few = [workload.job(rng, size, "", 14, ["small"]) for size in (3, 0, 2)]
+    assert {model for job in few for model in job.models.values()} == {"small"}
+    options = dict(additional_config=several.settings({"small": str(small)}), tensor_parallel_size=2)
+    with engines.engine(base, **options) as llm:
+        answers = exactness.generate(llm, few, dict(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0))
+    exactness.assert_greedy(few, answers, exactness.references(str(base), few, 8, {"small": str(small)}))
+
+
+def test_a_constituent_has_a_dtype_of_its_own(models: tuple[str, dict[str, str]]) -> None:
+    """Its weights, its attention and its KV cache; the base model's stay as they are."""
+    base, constituents = models
+    mixed = {"small": constituents["small"], "qwen": {"path": constituents["qwen"], "dtype": "bfloat16"}}
+    formulas = [Formula.parse("e", {"e": {"model": "qwen"}}), Formula.parse("base")]
+    prompts = [tiny.prompt(random.Random(7), 40, 40) for _ in formulas]
+    with several.engine(base, mixed) as llm:
+        groups = engines.scheduler(llm).kv_cache_config.kv_cache_groups
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [f.sampling_params(temperature=0, max_tokens=1, logprobs=0) for f in formulas],
+            use_tqdm=False,
+        )
+    assert [group.kv_cache_spec.dtype for group in groups] == [torch.float32, torch.float32, torch.bfloat16]
+    for path, prompt, output, tolerance in zip(
+        (constituents["qwen"], base), prompts, outputs, (0.3, 5e-5), strict=True
+    ):
+        with torch.inference_mode():
+            wanted = reference.load(path)(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        ((token, found),) = output.outputs[0].logprobs[0].items()
+        assert found.logprob == pytest.approx(float(wanted[token]), abs=tolerance)
+        # bfloat16 has 8 bits: not the float32 model's, but near.
+        assert (tolerance < 0.1) == (abs(found.logprob - float(wanted[token])) < 5e-5)
+
+
+def test_the_start_says_what_fits(
+    models: tuple[str, dict[str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, constituents = models
+    (tmp_path / "steered.yaml").write_text("formula: base + 0.5*s\nterms: {s: {model: small}}\n")
+    (tmp_path / "foreign.yaml").write_text("formula: base + 0.5*x\nterms: {x: {model: large}}\n")
+    marith = dict(presets=str(tmp_path), block_sizes=[32, 64, 96])
+    options = dict(num_gpu_blocks_override=101, max_num_seqs=9, marith=marith)
+    with caplog.at_level("INFO", logger="vllm.marith"), several.engine(base, constituents, **options):
+        pass
+    said = [r.getMessage().removeprefix("marith: ") for r in caplog.records if "marith: " in r.getMessage()]
+    assert "constituent base: 2560 bytes of KV cache a token, 32 tokens a block, 0.0% of it unused" in said
+    assert "constituent small: 512 bytes of KV cache a token, 64 tokens a block, 60.0% of it unused" in said
+    assert [r.levelname for r in caplog.records if "64 tokens" in r.getMessage()] == ["WARNING"]
+    # 16 blocks of the base model and 8 of the small one hold 512 tokens of both.
+    assert (
+        "preset steered: 2 members; the KV cache holds 4 such groups of 512 tokens, a step's rows 4" in said
+    )
+    assert "preset foreign will be refused: no constituent is called large" in said
+
+
 def test_an_abort_returns_every_block(models: tuple[str, dict[str, str]]) -> None:
     base, constituents = models
     formula = Formula.parse("base + 0.3*union(s, q)", {"s": {"model": "small"}, "q": {"model": "qwen"}})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -16,8 +15,6 @@ from ..settings import Settings
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-    from vllm_marith.language import Formula
 
 logger = init_logger("vllm.marith")  # within vLLM's, whose level and handlers the operator sets
 
@@ -46,7 +43,14 @@ def report(config: VllmConfig, cache: KVCacheConfig) -> None:
     numbers = {name: i for i, name in enumerate(settings.constituents, 1)}
     length, rows = config.model_config.max_model_len, config.scheduler_config.max_num_seqs
     for name, formula in settings.load_presets().formulas.items():
-        members = list(_members(formula, numbers))
+        models = [term.model for term in formula.terms.values() if term.classifier is None]
+        lacking = sorted({model for model in models if model is not None} - numbers.keys())
+        if lacking:
+            logger.warning(
+                "marith: preset %s will be refused: no constituent is called %s", name, ", ".join(lacking)
+            )
+            continue
+        members = [0 if model is None else numbers[model] for model in models]
         needed = sum(cdiv(length, sizes[j]) for j in members)
         logger.info(
             "marith: preset %s: %d members; the KV cache holds %d such groups of %d tokens, a step's rows %d",
@@ -56,10 +60,3 @@ def report(config: VllmConfig, cache: KVCacheConfig) -> None:
             length,
             rows // len(members),
         )
-
-
-def _members(formula: Formula, numbers: dict[str, int]) -> Iterator[int]:
-    """The constituent of each term that is a language model this server has."""
-    for term in formula.terms.values():
-        if term.classifier is None:
-            yield numbers.get(term.model or "", 0)
