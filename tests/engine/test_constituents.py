@@ -166,6 +166,64 @@ def test_a_constituent_has_a_dtype_of_its_own(models: tuple[str, dict[str, str]]
         assert (tolerance < 0.1) == (abs(found.logprob - float(wanted[token])) < 5e-5)
 
 
+def test_plain_prompt_logprobs_beside_formulas(models: tuple[str, dict[str, str]]) -> None:
+    """A plain request's hidden states are the base model's and in their places, whoever else has rows."""
+    base, constituents = models
+    rng = random.Random(9)
+    formula = Formula.parse("e + 0.2*q", {"e": {"model": "small"}, "q": {"model": "qwen"}})
+    prompts = [tiny.prompt(rng, 30, 40) for _ in range(4)]
+    asked = dict(temperature=0, max_tokens=4)
+    with several.engine(base, constituents, max_num_batched_tokens=64) as llm:
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [
+                formula.sampling_params(**asked) if i % 2 else SamplingParams(prompt_logprobs=0, **asked)
+                for i in range(len(prompts))
+            ],
+            use_tqdm=False,
+        )
+        assert several.most_groups(llm) == 3
+    for prompt, output in zip(prompts[::2], outputs[::2], strict=True):
+        with torch.inference_mode():
+            wanted = reference.load(base)(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        for i, (token, found) in enumerate(zip(prompt[1:], output.prompt_logprobs[1:], strict=True)):
+            assert found[token].logprob == pytest.approx(float(wanted[i, token]), abs=1e-4)
+
+
+@pytest.mark.parametrize("wide", ["base", "small"])
+def test_vocabularies_padded_to_different_sizes(wide: str, tmp_path: Path) -> None:
+    """Padding is never drawn, though untrained logits are as large as any; tokens are as without it."""
+    sizes = {name: tiny.VOCAB + 64 * (name == wide) for name in ("base", "small")}
+    base = tiny.make(tmp_path / "base", sharpness=4.0, columns=sizes["base"])
+    small = tiny.make(tmp_path / "small", seed=1, sharpness=4.0, columns=sizes["small"])
+    terms = {"s": {"model": "small"}, "t": {"model": "small", "system": "Yes."}}
+    formulas = [
+        Formula.parse(text, terms) for text in ("s", "base - 0.5*s", "union(base, s) - 0.8*t", "base")
+    ]
+    rng = random.Random(3)
+    prompt = tiny.prompt(rng, 20, 20)
+    with several.engine(str(base), {"small": str(small)}, max_logprobs=max(sizes.values())) as llm:
+        asked = dict(temperature=0, max_tokens=1, logprobs=sizes["base"])
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt}] * 4, [f.sampling_params(**asked) for f in formulas], use_tqdm=False
+        )
+    for formula, output in zip(formulas, outputs, strict=True):
+        found = output.outputs[0].logprobs[0]
+        assert all(found[i].logprob < -1e3 for i in range(tiny.VOCAB, sizes["base"]))
+        if "t" in formula.terms:  # whose prompt is another
+            continue
+        with torch.inference_mode():
+            logits = {
+                name: reference.load(str(small if name == "s" else base))(torch.tensor([prompt])).logits[
+                    0, -1
+                ]
+                for name in formula.terms
+            }
+        wanted = formula.evaluate({n: row[: tiny.VOCAB] for n, row in logits.items()}, dtype=torch.float64)
+        worst = max(abs(found[i].logprob - float(wanted[i])) for i in range(tiny.VOCAB))
+        assert worst < 1e-4
+
+
 def test_the_start_says_what_fits(
     models: tuple[str, dict[str, str]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -52,11 +52,13 @@ def make(
     hidden: int = 64,
     layers: int = 2,
     kv_heads: int = 1,
+    columns: int = VOCAB,
     sharpness: float = 8.0,
     config: type[LlamaConfig | Qwen2Config] = LlamaConfig,
 ) -> Path:
     """A random Llama, or a Qwen2, with its tokenizer under `path`.
 
+    columns: rows of the embedding and of the head; what is more than `VOCAB` is padding.
     sharpness: how far the logits are spread.  Distributions as peaked as a trained model's make
     greedy decoding insensitive to rounding, and make every term matter.
     """
@@ -64,7 +66,7 @@ def make(
         return path
     torch.manual_seed(seed)
     shape = config(
-        vocab_size=VOCAB,
+        vocab_size=columns,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.config import replace as replace_config
-from vllm.config.compilation import CUDAGraphMode
+from vllm.config.compilation import CompilationMode, CUDAGraphMode
 from vllm.logger import init_logger
 from vllm.tokenizers.registry import cached_tokenizer_from_config
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
@@ -123,6 +123,10 @@ def _check_options(config: VllmConfig) -> None:
         (config.model_config.enable_prompt_embeds, "--enable-prompt-embeds"),
         (config.cache_config.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill"),
         (config.model_config.enable_sleep_mode, "--enable-sleep-mode"),
+        (
+            config.compilation_config.mode == CompilationMode.STOCK_TORCH_COMPILE,
+            "compilation of the whole model (mode 1)",
+        ),
     ):
         if refused:
             raise ValueError(f"{what} cannot be combined with constituents")
@@ -150,21 +154,22 @@ def _check_vocabulary(base: ModelConfig, other: ModelConfig) -> None:
     """Raises ValueError unless both models read and write the same tokens under the same numbers.
 
     Compared is what a token's number stands for.  The text is tokenized by the base model's tokenizer, once.
+    Models of one family are padded to different sizes; what is padding in one must be no token in either.
     """
-    columns = base.get_vocab_size()
+    sizes = base.get_vocab_size(), other.get_vocab_size()
     ours, theirs = (cached_tokenizer_from_config(model) for model in (base, other))
-    if ours is not None and theirs is not None:
-        mine, its = ({i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (ours, theirs))
-        for i in range(columns):
-            if mine.get(i) != its.get(i):
-                raise ValueError(
-                    f"its vocabulary is another: token {i} is {_shown(its, i)}, in the base model's "
-                    f"{_shown(mine, i)}"
-                )
-    if columns != other.get_vocab_size():
-        raise ValueError(
-            f"its vocabulary is another: {other.get_vocab_size()} logits, {columns} in the base model"
-        )
+    if ours is None or theirs is None:
+        return
+    mine, its = ({i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (ours, theirs))
+    for i in range(max(sizes)):
+        if mine.get(i) != its.get(i):
+            here, there = _shown(its, i), _shown(mine, i)
+            raise ValueError(f"its vocabulary is another: token {i} is {here}, in the base model's {there}")
+        if i >= min(sizes) and i in mine:
+            raise ValueError(
+                f"its vocabulary is another: it has logits for {sizes[1]} tokens, the base model for "
+                f"{sizes[0]}, and token {i} is {_shown(mine, i)}"
+            )
 
 
 def _shown(vocabulary: dict[int, str], i: int) -> str:

@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
+NO_TOKEN = -1e4
+"""Logit of a number that is padding in one of the models' vocabularies and thus stands for no token.
+
+The same in all of them and finite: whatever a formula of weight N > 0 makes of such rows, it stays far below
+any token.  float16 holds it.
+"""
+
+
 class Constituents(nn.Module):
     """All base models of an engine; number 0 is the one that it was started with."""
 
@@ -52,6 +60,8 @@ class Constituents(nn.Module):
         self.models = nn.ModuleList(models)
         self.layers = layers
         self.router = Router(device)
+        sizes = [config.model_config.get_vocab_size() for config in configs]
+        self.num_columns, self.num_tokens = sizes[0], min(sizes)
         # What the last forward pass left for the step's logits.
         self._pending: tuple[Routing, dict[int, torch.Tensor]] | None = None
         registry = vllm_config.compilation_config.static_forward_context
@@ -88,10 +98,17 @@ class Constituents(nn.Module):
             return self.models[constituent](input_ids, positions)
 
     def head(self, constituent: int, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Logits ``[rows, vocab]`` of a constituent's hidden states ``[rows, size]``; None where tensor
-        parallelism gathers them on another rank."""
+        """Logits ``[rows, vocab]`` of a constituent's hidden states ``[rows, size]``.
+
+        As many columns as the base model has.  None where tensor parallelism gathers them on another rank.
+        """
         model: Any = self.models[constituent]
-        return model.compute_logits(hidden)
+        logits = model.compute_logits(hidden)
+        if logits is None or logits.shape[1] == self.num_columns == self.num_tokens:
+            return logits
+        padded = logits.new_full((len(logits), self.num_columns), NO_TOKEN)
+        padded[:, : self.num_tokens] = logits[:, : self.num_tokens]
+        return padded
 
     def forward(
         self,
