@@ -116,6 +116,18 @@ def test_asynchronously(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         check(answer, expected(tiny_model, *job), job[0])
 
 
+def test_beside_other_base_models(tiny_model: Any, tmp_path: Any) -> None:
+    small = tiny.make(tmp_path / "small", seed=1, hidden=32, layers=1)
+    settings = {"marith": {"constituents": {"small": str(small)}}}
+    asked: list[tuple[list[int], str | None]] = [(ids, formula.to_json()) for ids, formula, _ in jobs()]
+    plain = jobs()[1][0]
+    with engines.engine(tiny_model, max_num_seqs=24, additional_config=settings) as llm:
+        *found, beside = ask(llm, [*asked, (plain, None)])
+    for answer, job in zip(found, jobs(), strict=True):
+        check(answer, expected(tiny_model, *job), job[0])
+    check(beside, expected(tiny_model, plain, Formula.parse("base"), {"base": plain}), plain)
+
+
 REFUSED = {
     "suffix": ("base + a", {"a": {"prompt": "{input} indeed"}}, "'base' and 'a' are not so"),
     "leader": ("a + base", {"a": {"system": "Hello"}}, "'a' and 'base' are not so"),
