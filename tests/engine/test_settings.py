@@ -27,10 +27,25 @@ def settings(**values):
     ],
 )
 def test_presets_are_one_folder_or_several(written, folders):
-    found = settings(**written)
+    found = settings(**written, constituents=dict.fromkeys(("draft", "expert", "anti"), "somewhere"))
     assert found.presets == tuple(SHIPPED / folder for folder in folders)
     names = {file.stem for folder in folders for file in (SHIPPED / folder).glob("*.yaml")}
     assert set(found.load_presets().presets) == names - {"terms", "embedded"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence"),
+    [
+        (
+            "experts",
+            r"the preset '\w+' needs the constituent '\w+' for its term '\w+'.*the constituents are: none",
+        ),
+        ("classifiers", r"the preset '\w+' needs the classifier 'judge'.*the classifiers are: none"),
+    ],
+)
+def test_presets_that_need_what_is_not_there(folder, sentence):
+    with pytest.raises(PresetError, match=sentence):
+        settings(presets=[str(SHIPPED), str(SHIPPED / folder)]).load_presets()
 
 
 def test_mistakes_are_sentences():

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from vllm_marith.language.names import PLAIN_NAME
-from vllm_marith.language.presets import Presets
+from vllm_marith.language.presets import PresetError, Presets
 from vllm_marith.language.request import Limits
 
 from .classifiers import ClassifierSettings
@@ -120,6 +120,20 @@ class Settings(BaseModel):
         """The operator's presets, or none.
 
         Raises:
-            PresetError: a file is wrong; the sentence names file, line and reason.
+            PresetError: a file is wrong, and the sentence names file, line and reason; or a preset needs a
+                model or classifier that these settings do not name.
         """
-        return Presets.load(*self.presets)
+        presets = Presets.load(*self.presets)
+        for name, formula in presets.formulas.items():
+            for label, term in formula.terms.items():
+                for kind, asked, known in (
+                    ("constituent", term.model, self.constituents),
+                    ("classifier", term.classifier, self.classifiers),
+                ):
+                    if asked is not None and asked not in known:
+                        listed = ", ".join(known) or "none"
+                        raise PresetError(
+                            f"the preset '{name}' needs the {kind} '{asked}' for its term '{label}', which "
+                            f"the settings do not name; the {kind}s are: {listed}"
+                        )
+        return presets
