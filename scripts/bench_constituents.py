@@ -72,6 +72,8 @@ def main() -> None:
                 "three_engines_tokens_per_second": tokens
                 / statistics.median(sum(each) for _, each in rounds),
                 "ratio": statistics.median(one / sum(each) for one, each in rounds),
+                "lowest": min(one / sum(each) for one, each in rounds),
+                "highest": max(one / sum(each) for one, each in rounds),
                 "ratio_to_big_alone": statistics.median(one / each[0] for one, each in rounds),
             }
         )
@@ -91,7 +93,7 @@ def main() -> None:
     }
     print(json.dumps(result))
     if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
