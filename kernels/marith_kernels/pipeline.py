@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from .program import LEAF_OPS, Program
 
@@ -75,7 +76,7 @@ class Stage:
         if self.kind in ("plausible", "kl_indicator"):
             object.__setattr__(self, "weightless", True)
 
-    @property
+    @cached_property
     def leaves(self) -> frozenset[int]:
         """The leaves that the stage reads."""
         if self.program is None:
@@ -135,7 +136,7 @@ class Pipeline:
                     made, read = ("weightless", "a distribution")[:: 1 if leaf in weightless else -1]
                     raise ValueError(f"Stage {s} reads leaf {leaf} as {read}; it is {made}.")
 
-    @property
+    @cached_property
     def levels(self) -> tuple[int, ...]:
         levels: list[int] = []
         for stage in self.stages:

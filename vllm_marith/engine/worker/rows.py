@@ -164,6 +164,8 @@ class RowPlans:
         self.combine_hidden_states = combine_hidden_states
         self.key: tuple[list[str], np.ndarray] | None = None
         self.groups: list[JointGroup] = []
+        self.steered: list[MemberTag] = []  # of the groups that have classifiers
+        self.turns = False  # whether any group has a dial
         self.dials: list[tuple[float, ...]] = []
         self.plan: RowPlan | None = None
 
@@ -191,13 +193,14 @@ class RowPlans:
         known = self.key is not None and self.key[0] == request_ids and np.array_equal(self.key[1], discarded)
         if not known:
             self.groups = _joint_groups(request_ids, discarded, extra_args)
+            self.steered = [group.tag for group in self.groups if group.tag.classifiers]
+            self.turns = any(group.routine.dials for group in self.groups)
             self.key = (list(request_ids), discarded.copy())
-        steered = [group.tag for group in self.groups if group.tag.classifiers]
         step = None
-        if steered:
+        if self.steered:
             assert self.classifiers is not None
-            step = ClassifierStep.begin(self.classifiers, steered, answers)
-        if not known or any(group.routine.dials for group in self.groups):
+            step = ClassifierStep.begin(self.classifiers, self.steered, answers)
+        if not known or self.turns:
             dials = self._turn(lengths, step)
             if not known or dials != self.dials:
                 self.dials = dials
@@ -259,21 +262,24 @@ def _before_head(pipeline: marith_kernels.Pipeline) -> marith_kernels.Program | 
 def _joint_groups(
     request_ids: Sequence[str], discarded: np.ndarray, extra_args: Callable[[str], dict[str, Any] | None]
 ) -> list[JointGroup]:
-    members: dict[str, dict[int, tuple[int, MemberTag]]] = {}
+    members: dict[str, dict[int, int]] = {}  # group -> member -> row
+    leaders: dict[str, Mapping[str, Any]] = {}
     for row, request_id in enumerate(request_ids):
         args = extra_args(request_id)
         if args and KEY in args and not discarded[row]:
-            tag = MemberTag.from_wire(args[KEY])
-            members.setdefault(tag.group, {})[tag.index] = (row, tag)
+            wire = args[KEY]
+            members.setdefault(wire["group"], {})[wire["index"]] = row
+            if wire["index"] == 0:
+                leaders[wire["group"]] = wire
     groups = []
-    for group in members.values():
-        leader = group.get(0)
-        if leader is None or len(group) != leader[1].size:
+    for name, wire in leaders.items():
+        row_of = members[name]
+        if len(row_of) != wire["size"]:
             # The scheduler never sends such a step; it fails the group there if it ever does
             # and drops its tokens, so leaving the rows alone is safe here.
             continue
-        tag = leader[1]
-        rows = [group[i][0] for i in range(tag.size)]
+        tag = MemberTag.from_wire(wire)
+        rows = [row_of[i] for i in range(tag.size)]
         ids = [request_ids[row] for row in rows]
         groups.append(JointGroup(ids, rows, tag, _routine(tag.routine)))
     return groups
