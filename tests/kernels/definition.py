@@ -168,9 +168,7 @@ def kl_indicator(
 
 def _softmax(row: Array) -> Array:
     return (
-        np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-        if row.max() > -np.inf
-        else 0 * row.astype(bool)
+        np.exp(row - row.max()) / np.exp(row - row.max()).sum() if row.max() > -np.inf else np.zeros_like(row)
     )
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from vllm_marith import Formula
 from vllm_marith.chat import coloured, winner
+from vllm_marith.engine import group
 from vllm_marith.engine.frontend.account import ACCOUNT, Explained
 from vllm_marith.engine.worker.evidence import EVIDENCE, Evidence, Token, Witness
 from vllm_marith.serving import middleware
@@ -210,7 +211,7 @@ def test_a_whole_answer_has_its_explanation_in_it() -> None:
     headers = dict(head["headers"])
     assert headers[b"content-length"] == str(len(body["body"])).encode()
     assert headers[b"x-marith-members"] == b"2"
-    assert core.calls == [("collective_rpc", "marith_explain", None, ("key", 0, True), {})]
+    assert core.calls == [("collective_rpc", group.EVIDENCE, None, ("key", 0, True), {})]
 
 
 def test_a_stream_is_explained_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from vllm_marith.engine.core.figures import CoreFigures
+from vllm_marith.engine.group import FIGURES
 from vllm_marith.engine.worker.figures import ClassifierFigures, WorkerFigures
 from vllm_marith.serving import metrics as metrics_module
 
@@ -62,7 +63,7 @@ def test_a_scrape_asks_every_engine(http: TestClient) -> None:
     core = http.app.state.engine_client.engine_core
     core.answers = [[[CORE, *WORKERS], [{**CORE, "running": 9}, *WORKERS]], [[CORE, *WORKERS]] * 2]
     found = scrape(http)
-    assert core.calls == [("collective_rpc", "marith_figures", None, (), {})]
+    assert core.calls == [("collective_rpc", FIGURES, None, (), {})]
     assert found['num_groups_running{engine="0"}'] == 2
     assert found['num_groups_running{engine="1"}'] == 9
     assert found['num_groups_waiting{engine="1"}'] == 3
@@ -178,10 +179,10 @@ def test_the_core_answers_in_front_of_the_workers() -> None:
 
     core = EngineCore.__new__(EngineCore)
     core.model_executor, core.scheduler = Executor(), Scheduler()
-    assert core.collective_rpc("marith_figures") == ["core", "worker marith_figures"]
+    assert core.collective_rpc(FIGURES) == ["core", f"worker {FIGURES}"]
     assert core.collective_rpc("other", None, (), {}) == ["worker other"]
     core.scheduler = object()  # a plain engine in the same process
-    assert core.collective_rpc("marith_figures") == ["worker marith_figures"]
+    assert core.collective_rpc(FIGURES) == [f"worker {FIGURES}"]
 
 
 def test_the_dashboard_shows_metrics_that_there_are(http: TestClient) -> None:

@@ -25,10 +25,13 @@ Bans = tuple[list[int], int | None]
 """(token ids, seed for the leader's generator from this step on, None for a request without a seed)."""
 
 EXPLAIN = "marith_explain"
-"""Asks for the terms' log-probabilities of every token: the entry of ``vllm_xargs``, and the
-``collective_rpc`` method that fetches them."""
+"""The entry of ``vllm_xargs`` that asks for the terms' log-probabilities of every token."""
 
-FIGURES = "marith_figures"
+EVIDENCE = "__marith_evidence__"
+"""The ``collective_rpc`` method that fetches them.  Names with underscores, because of all others vLLM lets a
+worker class have only one of each: a second engine of a process could not bring another extension."""
+
+FIGURES = "__marith_figures__"
 """The ``collective_rpc`` method that asks engine core and workers for their figures."""
 
 FAILURES = "marith_failures"

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from vllm_marith.engine.frontend.account import Explained
-from vllm_marith.engine.group import EXPLAIN
+from vllm_marith.engine.group import EVIDENCE
 
 from .contributions import contributions
 
@@ -32,7 +32,7 @@ class Explainer:
         Only one engine has them, and of its workers the first is enough.
         """
         asked = (key, since, last)
-        engines = await self._core.call_utility_all_async("collective_rpc", EXPLAIN, None, asked, {})
+        engines = await self._core.call_utility_all_async("collective_rpc", EVIDENCE, None, asked, {})
         return next((workers[0] for workers in engines if workers and workers[0]), [])
 
     def text(self, ids: list[int]) -> str:

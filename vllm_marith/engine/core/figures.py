@@ -1,7 +1,7 @@
 """What the scheduler counts, and how the frontends ask for it.
 
 vLLM's `SchedulerStats` reach the frontends with every step and have no field for a plugin; so nothing is
-sent while nobody asks.  A frontend that is scraped calls ``collective_rpc("marith_figures")``, which the
+sent while nobody asks.  A frontend that is scraped calls ``collective_rpc(FIGURES)``, which the
 workers answer (`engine.worker.figures`), and the core puts its own figures in front.
 
 Counts are *drained*: an answer holds what happened since the last one, whoever got it.  With several

@@ -4,7 +4,7 @@ The logits processors that ``--logits-processor`` names are made after the model
 late.  The class named by ``--worker-extension-cls`` is looked up earlier: when a worker process has
 loaded its plugins and before it makes its worker.  `plugin.enable` therefore names an attribute of this
 module there, and looking it up is what installs the hooks.  An operator's own extension is kept: its
-name becomes a part of the attribute's, and its class a base of ours.
+name becomes a part of the attribute's, and its class a base of the one that vLLM gets.
 
 The class also does what extensions are for: its methods answer ``collective_rpc``.
 """
@@ -15,8 +15,8 @@ import functools
 from importlib import import_module
 from typing import Any
 
-from .evidence import EVIDENCE
-from .figures import FIGURES
+from ..group import EVIDENCE, FIGURES
+from . import evidence, figures
 
 # No attribute that the module has: looking it up must come to __getattr__.
 _PREFIX = "WithFormulas"
@@ -26,13 +26,15 @@ _PREFIX_OF_SEVERAL = "WithConstituents"
 class FormulaWorker:
     """What formulas add to vLLM's worker class."""
 
-    def marith_figures(self) -> dict[str, Any]:
+    def __marith_figures__(self) -> dict[str, Any]:
         """What this worker counted since the last call."""
-        return FIGURES.drain()
+        return figures.FIGURES.drain()
 
-    def marith_explain(self, key: str, since: int, last: bool) -> list[tuple[list[int], list[list[float]]]]:
+    def __marith_evidence__(
+        self, key: str, since: int, last: bool
+    ) -> list[tuple[list[int], list[list[float]]]]:
         """What the terms said about a request's tokens, see `Evidence.fetch`."""
-        return EVIDENCE.fetch(key, since, last)
+        return evidence.EVIDENCE.fetch(key, since, last)
 
 
 def name_over(theirs: str, *, constituents: bool = False) -> str:
@@ -66,5 +68,11 @@ def __getattr__(name: str) -> Any:
 
 @functools.cache
 def _over(theirs: type) -> type:
-    """vLLM compares extension classes by identity, so there is one for each of theirs."""
-    return type(_PREFIX, (FormulaWorker, theirs), {"__module__": __name__})
+    """vLLM compares extension classes by identity, so there is one for each of theirs.
+
+    Ours is no base of it: a worker class may have both, and Python wants an order of bases that fits all.
+    """
+    return type(_PREFIX, (theirs,), {"__module__": __name__, **_METHODS})
+
+
+_METHODS = {name: vars(FormulaWorker)[name] for name in (FIGURES, EVIDENCE)}
