@@ -198,6 +198,29 @@ def test_an_error_in_a_long_line_shows_its_surroundings():
     assert shown[len(caret) - 1] == "?"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a - topk(b, 3)",
+        "2*a - union(b, topp(a, 0.5))",
+        "a - 0.5*normalize(topk(b, 3))",
+        "a + schedule(0: 1, 4: -0.5)*topk(b, 3)",
+    ],
+)
+def test_filters_do_not_stand_under_negative_weights(text):
+    with pytest.raises(FormulaError, match=r"stands under a negative weight.*plausible\(\.\.\.\)"):
+        Formula.parse(text)
+
+
+def test_filters_stand_elsewhere():
+    for text in ("topk(a - 0.5*b, 3)", "a - 0.5*self_debias(b, topk(a, 3), 1)", "a - -topk(b, 3)"):
+        assert str(Formula.parse(text))
+
+
+def test_options_that_are_the_usual_ones_are_not_written():
+    assert str(Formula.parse("a + kl_indicator(a, b, 0.5, 0, 1, 1)*b")) == "a + kl_indicator(a, b, 0.5)*b"
+
+
 WEIGHT_ERRORS = [
     ("a - b", "sum to 0 (1 for a, -1 for b)"),
     ("-a", "sum to -1 (-1 for a)"),

@@ -195,6 +195,11 @@ ONE, TWO = 2, 3  # the first two stages' rows in a formula with the terms a and 
             [("fuse", [("push", 0, 2), ("add", 1, -1)]), ("fuse", [("push", ONE, 0.5), ("add", 1, 0.5)])],
         ),
         ("3*topk(2*a - b, 5)", [("top_k", [("push", 0, 2), ("add", 1, -1)])]),
+        # A filter's operand keeps its weight: 1 and 2 of 3.
+        (
+            "a + topk(2*b, 5)",
+            [("top_k", [("push", 1, 1)]), ("fuse", [("push", 0, 1 / 3), ("add", ONE, 2 / 3)])],
+        ),
         ("topp(topk(a, 5), 0.5)", [("top_k", [("push", 0, 1)]), ("top_p", [("push", 1, 1)])]),
         ("superseded(b, a)", [("fuse", [("push", 0, 1)])]),
         ("self_debias(a, b, 10)", [("fuse", [("push", 0, 1), ("debias", 1, 10)])]),
