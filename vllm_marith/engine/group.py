@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 KEY = "marith"
 """The entry of ``SamplingParams.extra_args`` (and of a request's ``vllm_xargs``) that is ours."""
@@ -42,6 +42,8 @@ OWN_FORMULA = "custom"
 
 MemberAdapter = list[Any]
 """A LoRA adapter: vLLM's ``LoRARequest``, as msgspec writes it."""
+
+Drafter = Literal["", "formula", "ngram"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,14 @@ class GroupSpec:
             the request's own.
         constituents: of each member, leader first, the number of the base model that it runs on; empty when
             all run on the model that the server was started with, number 0.
+        drafts: routines of the levels that draft, from the cheapest on, see `vllm_marith.plan.speculation`;
+            member i is row i in them, too.  Members that only draft come last.
+        draft_lengths: how many tokens each level drafts before the next one, or the formula, tests them.
+            The last is K, the most that one step of the formula tests.
+        drafter: what drafts first: "" for nothing, i.e. one token a step; "formula" for the first of
+            `drafts`; "ngram" for vLLM's n-gram proposer, which has the first of `draft_lengths`; there is
+            then one more of these than there are `drafts`.
+        adaptive: the lengths are upper bounds, and drafting happens where it pays.
     """
 
     prompts: list[list[int]]
@@ -99,6 +109,10 @@ class GroupSpec:
     constraints: dict[str, Any] | None = None
     adapters: list[MemberAdapter | None] = field(default_factory=list)
     constituents: list[int] = field(default_factory=list)
+    drafts: list[str] = field(default_factory=list)
+    draft_lengths: list[int] = field(default_factory=list)
+    drafter: Drafter = ""
+    adaptive: bool = False
 
     @property
     def size(self) -> int:
@@ -126,7 +140,8 @@ class MemberTag:
         index: the member's index, 0 for the leader.
         size: number of members.
         prompt_length: tokens of the leader's prompt; 0 for followers of groups that are not scored.
-        routine, classifiers, explain: as in `GroupSpec`; empty for followers.
+        routine, classifiers, explain, drafts, draft_lengths, drafter, adaptive: as in `GroupSpec`; empty for
+            followers.
         scored: as in `GroupSpec`.
         banned: tokens that the leader must not draw ...
         banned_at: ... when its sequence, prompt included, has this length.  For the V2 model runner, which
@@ -145,6 +160,10 @@ class MemberTag:
     banned: list[int] = field(default_factory=list)
     banned_at: int = -1
     constituent: int = 0
+    drafts: list[str] = field(default_factory=list)
+    draft_lengths: list[int] = field(default_factory=list)
+    drafter: Drafter = ""
+    adaptive: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -171,6 +190,10 @@ def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberT
         spec.explain,
         spec.scored,
         constituent=own,
+        drafts=spec.drafts,
+        draft_lengths=spec.draft_lengths,
+        drafter=spec.drafter,
+        adaptive=spec.adaptive,
     )
     told = prompt_length if spec.scored else 0
     followers = (

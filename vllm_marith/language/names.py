@@ -32,6 +32,7 @@ FUNCTIONS: Final = frozenset(
 )
 UNIFORM: Final = "uniform"
 BASE: Final = "base"  # the one term every server defines: the request as it is
+NGRAM: Final = "ngram"  # the model of a term that proposes what once followed the last tokens; no constituent
 
 # Models, adapters and classifiers are named, never located: no slash and no dot in front, so neither a path
 # nor a hub id.

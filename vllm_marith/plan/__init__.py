@@ -2,6 +2,22 @@
 
 from vllm_marith.plan.lowering import lower
 from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Instruction, Plan, Stage
+from vllm_marith.plan.speculation import Level, Speculation, best_length, partial, speculate
 from vllm_marith.plan.wire import Routine, decode, encode
 
-__all__ = ["NO_ROW", "UNIFORM_ROW", "Instruction", "Plan", "Routine", "Stage", "decode", "encode", "lower"]
+__all__ = [
+    "NO_ROW",
+    "UNIFORM_ROW",
+    "Instruction",
+    "Level",
+    "Plan",
+    "Routine",
+    "Speculation",
+    "Stage",
+    "best_length",
+    "decode",
+    "encode",
+    "lower",
+    "partial",
+    "speculate",
+]

@@ -6,6 +6,7 @@ rest of the formula is one program.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -40,25 +41,32 @@ from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Instruction, Kind, Pla
 _CONSTANT: Final = 1e-12
 
 
-def lower(formula: Formula) -> Plan:
+def lower(formula: Formula, terms: Sequence[str] | None = None) -> Plan:
     """The plan of a formula.
+
+    Args:
+        terms: names of the language models by which rows are numbered, for plans that share the rows of a
+            group: of a formula and its partial formulas.  By default the formula's own, leader first.
 
     Raises:
         FormulaError: the formula defines no distribution (`Formula.check`).
+        ValueError: a language model that the formula needs is not among `terms`.
     """
     formula.check()
     root = simplify(formula.root)
     weight = weight_bounds(root, formula.normalize)
     root = _classifiers_last(_filters_apart(root, formula.normalize), formula.normalize)
-    live = set(leaf_names(root))
-    is_model = {name for name, term in formula.terms.items() if term.classifier is None}
-    terms = tuple(name for name in formula.terms if name in is_model & (live | {formula.leader}))
-    # The leader comes first: what only drafts may stand before it.
-    terms = (formula.leader, *(name for name in terms if name != formula.leader))
-    stages = _Stages(terms, formula.normalize, without_classifiers(root))
+    needed = {name for name in leaf_names(root) if formula.terms[name].classifier is None}
+    if terms is None:
+        # The leader comes first: what only drafts may stand before it.
+        terms = (formula.leader, *(n for n in formula.terms if n in needed and n != formula.leader))
+    elif lacking := needed - set(terms):
+        raise ValueError(f"no rows for the terms {', '.join(sorted(lacking))} of {formula}")
+    rows = tuple(terms)
+    stages = _Stages(rows, formula.normalize, without_classifiers(root))
     stages.finish(root)
     return Plan(
-        terms=terms,
+        terms=rows,
         stages=tuple(stages.done),
         dials=tuple(stages.dials),
         classifiers=tuple(stages.classifiers),

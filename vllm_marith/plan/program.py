@@ -101,6 +101,7 @@ class Plan:
     Attributes:
         terms: names of the language models, leader first, the others in order of first appearance.  A term
             whose weights cancel is left out; the leader stays, because its tokens are what the client sees.
+            Or whatever `lower` was told to number rows by.
         stages: in an order in which each reads only earlier ones.
         dials: factors whose values are only known at each step.
         classifiers: names of the classifier terms that run.
