@@ -357,7 +357,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "sentence"),
         [
-            (dict(enable_lora=True), "--enable-lora cannot be combined with constituents"),
+            (dict(enable_prompt_embeds=True), "--enable-prompt-embeds cannot be combined with constituents"),
             (dict(max_model_len=600), "max_model_len"),
         ],
     )

@@ -104,25 +104,31 @@ class Job:
 
 
 def expected(models: Mapping[str, str], job: Job, length: int) -> reference.Reference:
-    """The greedy continuation; models: adapter -> merged model, and the base model as "base"."""
+    """The greedy continuation.
+
+    models: adapter -> merged model, constituent -> model, and the base model as "base".
+    """
     tokenizer = AutoTokenizer.from_pretrained(models["base"])
     formula = job.parsed
     heads = {name: f"{t.system}\n" if t.system else "" for name, t in formula.terms.items()}
     ids = {name: tokenizer(head + job.text).input_ids for name, head in heads.items()}
-    paths = {name: models[t.adapter or job.own or "base"] for name, t in formula.terms.items()}
+    paths = {name: models[t.adapter or t.model or job.own or "base"] for name, t in formula.terms.items()}
     return reference.generate(paths, formula, ids, length)
 
 
-def requests(paths: Mapping[str, str]) -> dict[str, Any]:
-    """vLLM's requests for adapters, by name."""
+def requests(paths: Mapping[str, str], bases: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """vLLM's requests for adapters, by name; bases: adapter -> its ``base_model_name``."""
     from vllm.lora.request import LoRARequest
 
-    return {name: LoRARequest(name, number, path) for number, (name, path) in enumerate(paths.items(), 1)}
+    return {
+        name: LoRARequest(name, number, path, (bases or {}).get(name))
+        for number, (name, path) in enumerate(paths.items(), 1)
+    }
 
 
-def load(llm: Any, paths: Mapping[str, str]) -> None:
+def load(llm: Any, paths: Mapping[str, str], bases: Mapping[str, str] | None = None) -> None:
     """Gives adapters to an engine, as a Python user does."""
-    for adapter in requests(paths).values():
+    for adapter in requests(paths, bases).values():
         llm.llm_engine.add_lora(adapter)
 
 

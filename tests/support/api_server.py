@@ -42,7 +42,7 @@ class FakeEngineClient:
         from vllm_marith.engine.plugin import PROCESSOR
 
         settings = {"presets": str(presets)} if presets else {}
-        self.model_config = SimpleNamespace(max_model_len=512, logits_processors=[PROCESSOR])
+        self.model_config = SimpleNamespace(model="tiny", max_model_len=512, logits_processors=[PROCESSOR])
         self.vllm_config = SimpleNamespace(
             additional_config={"marith": settings}, model_config=self.model_config, lora_config=None
         )

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_marith.engine import patches
+from vllm_marith.engine.frontend.adapters import BASE_MODEL_NAME
 from vllm_marith.engine.frontend.admission import Admission, admission_of, refuse
 from vllm_marith.engine.group import KEY
 from vllm_marith.engine.plugin import PROCESSOR
@@ -28,9 +29,10 @@ _served_as: ContextVar[str | None] = ContextVar("marith_served_as", default=None
 
 
 def install() -> None:
-    """Wraps the check of a request's model and the name in its answer; idempotent."""
+    """Wraps the check of a request's model, the name in its answer, and how adapters load; idempotent."""
     patches.patch("vllm.entrypoints.serve.engine.serving:BaseServing._check_model", _with_presets)
     patches.patch(f"{_MODELS}.model_name", _as_asked)
+    patches.patch(f"{_MODELS}.load_lora_adapter", _telling_the_base)
 
 
 def check_names(presets: Presets, served: Iterable[str], adapters: Iterable[str] = ()) -> None:
@@ -109,6 +111,18 @@ def _resolve(models: Any, request: Any) -> str | None:
         request.vllm_xargs = {**xargs, KEY: formula_value(name, xargs.get(KEY), base)}
     request.model = base
     return name
+
+
+def _telling_the_base(load_lora_adapter: Any) -> Any:
+    @functools.wraps(load_lora_adapter)
+    async def loading(self: Any, request: Any, base_model_name: str | None = None) -> Any:
+        told = BASE_MODEL_NAME.set(base_model_name)
+        try:
+            return await load_lora_adapter(self, request, base_model_name)
+        finally:
+            BASE_MODEL_NAME.reset(told)
+
+    return loading
 
 
 def _as_asked(model_name: Any) -> Any:

@@ -5,6 +5,7 @@ the others come from the settings.  A term names one by ``model``.  All read the
 their logits can be combined, and all keep their KV cache in vLLM's one block pool:
 
 - `memory`: how many tokens a block of each constituent holds, and the KV-cache group of each;
+- `adapters`: which constituent a LoRA adapter is for;
 - `config`: vLLM's configuration of a constituent, and what is refused at the start.
 
 `engine.core.constituents` allocates a member's blocks in its own constituent's group only;

@@ -110,6 +110,9 @@ def vllm_configs(config: VllmConfig, settings: Settings) -> list[VllmConfig]:
         own = copy.copy(base)
         own.model_config = model_config(config, constituent)
         own.quant_config = VllmConfig.get_quantization_config(own.model_config, single)
+        lora = config.lora_config
+        if lora is not None and lora.lora_dtype == config.model_config.dtype:  # by default the model's
+            own.lora_config = replace_config(lora, lora_dtype=own.model_config.dtype)
         configs.append(own)
     return configs
 
@@ -117,7 +120,6 @@ def vllm_configs(config: VllmConfig, settings: Settings) -> list[VllmConfig]:
 def _check_options(config: VllmConfig) -> None:
     parallel = config.parallel_config
     for refused, what in (
-        (config.lora_config is not None, "--enable-lora"),
         (parallel.data_parallel_size > 1, "--data-parallel-size above 1"),
         (config.cache_config.cache_dtype not in _CACHE_DTYPES, "this --kv-cache-dtype"),
         (config.model_config.enable_prompt_embeds, "--enable-prompt-embeds"),

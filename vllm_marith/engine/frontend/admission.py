@@ -63,9 +63,8 @@ class Admission:
         self.limits = settings.limits
         self.cards = read_cards(settings.classifiers)
         self.max_classifier_texts = settings.max_classifier_texts
-        self.adapters = Adapters(self.config.lora_config)
-        # Numbered as everywhere; the base model, number 0, has no name.
-        self.constituents = {name: i for i, name in enumerate(settings.constituents, 1)}
+        self.adapters = Adapters(self.config)
+        self.constituents = tuple(settings.constituents)
         self.block_sizes = settings.block_sizes
         self.use(settings.load_presets())
 
@@ -120,7 +119,7 @@ class Admission:
         try:
             asked, plan, label = self._compiler(value)
             terms = {name: asked.formula.terms[name] for name in plan.terms}
-            adapters = self.adapters.of_terms(terms, adapter)
+            runs_on = self.adapters.of_terms(terms, adapter)
         except FormulaError as error:
             refuse(str(error), "formula")
         if engine_input.get("type") != "token":
@@ -134,11 +133,10 @@ class Admission:
                 # vLLM puts the adapters of the step's sampled rows on the logits of the prompt's.
                 refuse("log-probabilities of the prompt cannot be combined with --enable-lora")
             _check_scored(formula, plan, prompts)
-        models = [self.constituents.get(term.model or "", 0) for term in terms.values()]
-        if scored and any(models):
+        if scored and any(model for model, _ in runs_on):
             refuse("log-probabilities of a prompt cannot be had of a formula over several models yet")
         members: dict[tuple[int, LoRARequest | None, tuple[int, ...]], int] = {}
-        keys = zip(models, adapters, map(tuple, prompts), strict=True)
+        keys = [(*where, tuple(ids)) for where, ids in zip(runs_on, prompts, strict=True)]
         member_of = [members.setdefault(key, len(members)) for key in keys]
         constituents = [model for model, _, _ in members]
         (leader, leaders_adapter), *followers = ((list(ids), adapter) for _, adapter, ids in members)

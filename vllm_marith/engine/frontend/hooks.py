@@ -9,6 +9,8 @@ from typing import Any
 
 from vllm.renderers.inputs.preprocess import parse_model_prompt
 
+from vllm_marith.language.names import BASE
+
 from .. import patches
 from ..group import EXPLAIN, KEY
 from ..plugin import PROCESSOR
@@ -156,7 +158,9 @@ def _expand(process_inputs: Any) -> Any:
     def expanding(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         extra_args = getattr(params, "extra_args", None)
         if not extra_args or KEY not in extra_args:
-            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+            request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+            _run_on_its_model(self, request)
+            return request
         if PROCESSOR not in (self.model_config.logits_processors or ()):
             # Another engine of this process serves formulas; to this one the key means nothing.
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
@@ -174,6 +178,21 @@ def _expand(process_inputs: Any) -> Any:
     return expanding
 
 
+def _run_on_its_model(processor: Any, request: Any) -> None:
+    """Makes a plain request to an adapter of a constituent one with the formula `base`.
+
+    That is the same distribution, and it runs where the adapter belongs.
+    """
+    if request.lora_request is None or PROCESSOR not in (processor.model_config.logits_processors or ()):
+        return
+    admission = admission_of(processor.renderer)
+    params = request.sampling_params
+    if params is not None and admission.adapters.bases.of(request.lora_request):
+        params.extra_args = {**(params.extra_args or {}), KEY: BASE}
+        rendered = {"type": "token", "prompt_token_ids": request.prompt_token_ids}
+        admission.expand(request, rendered, params.max_tokens)
+
+
 def _adapters(engine: Any) -> Adapters | None:
     """What is known to an engine's formulas; None where it serves none."""
     if PROCESSOR not in (engine.model_config.logits_processors or ()):
@@ -184,9 +203,12 @@ def _adapters(engine: Any) -> Adapters | None:
 def _noting_adapters(add_lora: Any) -> Any:
     @functools.wraps(add_lora)
     def noting(self: Any, lora_request: Any) -> Any:
+        adapters = _adapters(self)
+        if adapters is None:
+            return add_lora(self, lora_request)
+        adapters.assign(lora_request)
         added = add_lora(self, lora_request)
-        if (adapters := _adapters(self)) is not None:
-            adapters.add(lora_request)
+        adapters.add(lora_request)
         return added
 
     return noting
@@ -195,9 +217,13 @@ def _noting_adapters(add_lora: Any) -> Any:
 def _noting_adapters_async(add_lora: Any) -> Any:
     @functools.wraps(add_lora)
     async def noting(self: Any, lora_request: Any) -> Any:
+        adapters = _adapters(self)
+        if adapters is None:
+            return await add_lora(self, lora_request)
+        # Its configuration may have to be fetched; the event loop serves the others meanwhile.
+        await asyncio.to_thread(adapters.assign, lora_request)
         added = await add_lora(self, lora_request)
-        if (adapters := _adapters(self)) is not None:
-            adapters.add(lora_request)
+        adapters.add(lora_request)
         return added
 
     return noting

@@ -8,6 +8,9 @@ _COORDINATOR = "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator"
 _SINGLE = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _GROUPS = "models of several base models, with KV-cache groups that a request need not have blocks in"
 
+_MANAGERS = "vllm.lora.worker_manager:LRUCacheWorkerLoRAManager"
+_MANAGER = "models that bring a LoRA manager of their own"
+
 ENTRIES: tuple[Entry, ...] = (
     Entry(
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
@@ -16,6 +19,61 @@ ENTRIES: tuple[Entry, ...] = (
         "attention metadata builders that see the batch's requests",
         ("self", "num_scheduled_tokens"),
         runner="v1",
+    ),
+    Entry(
+        "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model",
+        "each constituent has a LoRA manager of its own, told of its own rows",
+        "wraps",
+        _MANAGER,
+        ("self", "model", "vllm_config", "device"),
+    ),
+    Entry(
+        f"{_MANAGERS}.set_active_adapters",
+        "each constituent's manager is told of its own rows",
+        "reads",
+        _MANAGER,
+        ("self", "requests", "mapping"),
+    ),
+    Entry(
+        "vllm.lora.layers:LoRAMapping",
+        "each constituent's manager is told of its own rows",
+        "reads",
+        _MANAGER,
+        ("index_mapping", "prompt_mapping"),
+    ),
+    Entry(
+        f"{_MANAGERS}._load_adapter",
+        "an adapter of another model's shape is not for this one",
+        "overrides",
+        "adapters whose shapes are checked",
+        ("self", "lora_request"),
+    ),
+    Entry(
+        "vllm.lora.model_manager:LoRAModelManager",
+        "an adapter of another model's shape is not for this one",
+        "reads",
+        "adapters whose shapes are checked",
+        attributes=("modules", "packed_modules"),
+    ),
+    *(
+        Entry(
+            f"{_MANAGERS}.{name}",
+            "adapters of all constituents are managed as one's",
+            "reads",
+            _MANAGER,
+            names,
+        )
+        for name, names in (
+            ("create_lora_manager", ("self", "model", "vllm_config")),
+            ("add_adapter", ("self", "lora_request")),
+            ("remove_adapter", ("self", "adapter_id")),
+            ("pin_adapter", ("self", "adapter_id")),
+            ("list_adapters", ("self",)),
+            ("remove_all_adapters", ("self",)),
+            ("dummy_lora_cache", ("self",)),
+            ("get_dummy_lora_warmup_rank", ("self", "default_rank")),
+            ("add_dummy_lora", ("self", "lora_request", "rank")),
+        )
     ),
     Entry(
         "vllm.v1.worker.gpu.model_states.interface:ModelState.prepare_attn",

@@ -77,7 +77,7 @@ ENTRIES: tuple[Entry, ...] = (
         "a follower has an adapter of its own, which travels as plain data",
         "reads",
         "a request-expansion hook for plugins",
-        attributes=("lora_name", "lora_int_id", "load_inplace"),
+        attributes=("lora_name", "lora_int_id", "lora_path", "base_model_name", "load_inplace"),
     ),
     Entry(
         "vllm.plugins:load_endpoint_plugins",
@@ -99,6 +99,13 @@ ENTRIES: tuple[Entry, ...] = (
         "wraps",
         "responses that repeat the request's model",
         ("self", "lora_request"),
+    ),
+    Entry(
+        "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+        "an adapter's base_model_name may be a constituent's, which vLLM forgets: no model that it serves",
+        "wraps",
+        "LoRA requests that keep their base_model_name",
+        ("self", "request", "base_model_name"),
     ),
     Entry(
         "vllm.entrypoints.openai.models.serving:OpenAIServingModels",

@@ -60,6 +60,7 @@ def __getattr__(name: str) -> Any:
     runner_v2.install()
     if ours == _PREFIX_OF_SEVERAL:
         import_module(".constituents.loader", __package__)  # which registers its load format
+        import_module(".constituents.adapters", __package__).install()
     if not theirs:
         return FormulaWorker
     module, _, attribute = theirs.replace(":", ".").rpartition(".")

@@ -28,6 +28,8 @@ from .routing import Router, Routing
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from .adapters import ConstituentAdapters
+
 
 NO_TOKEN = -1e4
 """Logit of a number that is padding in one of the models' vocabularies and thus stands for no token.
@@ -58,7 +60,9 @@ class Constituents(nn.Module):
         """
         super().__init__()
         self.models = nn.ModuleList(models)
+        self.configs = configs
         self.layers = layers
+        self.adapters: ConstituentAdapters | None = None  # where LoRA is on
         self.router = Router(device)
         sizes = [config.model_config.get_vocab_size() for config in configs]
         self.num_columns, self.num_tokens = sizes[0], min(sizes)
@@ -124,6 +128,8 @@ class Constituents(nn.Module):
         that a step can take.
         """
         routing, self._pending = self.router.end_step(), None
+        if self.adapters is not None:
+            self.adapters.begin(routing)
         if routing is None:
             every = [self.run(j, input_ids, positions, None) for j in range(len(self.models))]
             return every[0]
