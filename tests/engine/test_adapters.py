@@ -118,7 +118,7 @@ def test_greedy_equals_the_merged_models(
         figures = engines.scheduler(llm).figures
         for _ in range(2):  # the second time, prompts come from the prefix cache
             check(JOBS, adapters.generate(llm, JOBS, paths, LENGTH), wanted)
-        assert figures.torn == 0
+        assert not figures.failed
         assert bool(figures.preempted) == case.preempts
         engines.assert_all_returned(llm)
 

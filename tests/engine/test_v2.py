@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import engines, exactness, reference, runners, tiny, workload
+from tests.support import engines, exactness, poison, reference, runners, tiny, workload
 from tests.support.exactness import LOGPROB_TOLERANCE, Answer, ids_of
 from tests.support.sampler import EOS, Sampler
 from tests.support.workload import Job
@@ -413,3 +413,16 @@ def test_prompt_logprobs_of_plain_requests(call: runners.Call, tiny_model: Path)
         logits = reference.load(str(tiny_model))(torch.tensor([ids])).logits[0].double()
     wanted = logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].tolist()
     assert found == pytest.approx(wanted, abs=LOGPROB_TOLERANCE)
+
+
+def test_nan_in_one_term_fails_its_request_alone(call: runners.Call, tiny_model: Path) -> None:
+    """Its blocks, too, are no danger to those who get them next."""
+    bad = Job(TEXT, Formula.parse("a - 0.5*union(a, b)", TERMS | {"b": {"system": poison.CHARACTER}}))
+    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
+    call(poison.failed)
+    for jobs in ([UNION, Job(TEXT)], [Job(TEXT), UNION]):
+        (failed,), *others = call(poison.generate, [bad, *jobs], asked)
+        assert failed.finish_reason == "error"
+        assert failed.tokens == []
+        assert call(poison.failed) == {"logits": 1}
+        exactness.assert_greedy(jobs, others, exactness.references(str(tiny_model), jobs, LENGTH))

@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from vllm_marith.engine.core.figures import CoreFigures
-from vllm_marith.engine.group import FIGURES
+from vllm_marith.engine.group import FIGURES, Cause
 from vllm_marith.engine.worker.figures import ClassifierFigures, WorkerFigures
 from vllm_marith.serving import metrics as metrics_module
 
@@ -21,7 +21,7 @@ CORE = {
     "running": 2,
     "waiting": 3,
     "preempted": 1,
-    "torn": 0,
+    "failed": [("logits", 2)],
     "members": [(2, 1), (3, 4)],
     "fused_rows": [(6, 10)],
     "tokens": [("custom", 7), ("steer", 50)],
@@ -68,7 +68,8 @@ def test_a_scrape_asks_every_engine(http: TestClient) -> None:
     assert found['num_groups_running{engine="1"}'] == 9
     assert found['num_groups_waiting{engine="1"}'] == 3
     assert found['group_preemptions_total{engine="0"}'] == 1
-    assert found['groups_torn_total{engine="0"}'] == 0
+    assert found['requests_failed_total{cause="logits",engine="0"}'] == 2
+    assert found['requests_failed_total{cause="torn",engine="1"}'] == 0
     assert found['group_members_count{engine="0"}'] == 5
     assert found['group_members_sum{engine="0"}'] == 14
     assert found['fused_rows_bucket{engine="0",le="4.0"}'] == 0
@@ -130,13 +131,14 @@ def test_the_core_counts_and_forgets() -> None:
     figures.end("plain", 100)
     figures.end("r1", 7)
     figures.fused_rows[3] += 7
+    figures.failed[Cause.TORN] += 1
     first = figures.drain()
     assert first == {
         "members": [(1, 1), (3, 1)],
         "fused_rows": [(3, 7)],
         "tokens": [("steer", 7)],
         "preempted": 0,
-        "torn": 0,
+        "failed": [("torn", 1)],
     }
     figures.end("r1", 7)
     figures.end("r2", 2)

@@ -18,6 +18,7 @@ import pytest
 
 from tests.support import server
 from vllm_marith import chat
+from vllm_marith.engine.group import Cause
 
 TEXT = "the value of the expression"
 MESSAGES: Any = [{"role": "user", "content": TEXT}]
@@ -158,8 +159,11 @@ def test_the_figures_move(client: openai.OpenAI, url: str) -> None:
     assert gained('fusion_seconds_total{engine="0"}') > 0
     assert gained('requests_refused_total{reason="formula"}') == 1
     now = figures(url)
-    for name in ("num_groups_running", "num_groups_waiting", "groups_torn_total"):
+    for name in ("num_groups_running", "num_groups_waiting"):
         assert now[f'{name}{{engine="0"}}'] == 0
+    failed = {name: number for name, number in now.items() if name.startswith("requests_failed_total")}
+    assert len(failed) == len(Cause)
+    assert not any(failed.values())
 
 
 def test_groups_that_run_are_seen(client: openai.OpenAI, url: str) -> None:

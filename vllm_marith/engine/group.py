@@ -11,7 +11,8 @@ therefore dictionaries of strings, numbers and lists (vLLM encodes them with msg
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
 from typing import Any, Literal
 
 KEY = "marith"
@@ -35,7 +36,23 @@ FIGURES = "__marith_figures__"
 """The ``collective_rpc`` method that asks engine core and workers for their figures."""
 
 FAILURES = "marith_failures"
-"""An attribute of a step's ``ModelRunnerOutput``: group -> why the worker could not compute its formula."""
+"""An attribute of a step's ``ModelRunnerOutput``: group -> `Failure`, where the worker could not compute its
+formula.  A mapping, which must not be read before the step's tokens are on the host."""
+
+
+class Cause(StrEnum):
+    """Why a group failed; the label of the figure that counts it."""
+
+    CLASSIFIER = "classifier"  # a classifier could not read, or said what is no probability
+    LOGITS = "logits"  # NaN or infinite logits or energies
+    FORBIDDEN = "forbidden"  # the formula leaves no token
+    TORN = "torn"  # vLLM did not keep the members together
+    REFUSED = "refused"  # it came past admission, or can never fit
+    ERROR = "error"  # anything else
+
+
+Failure = tuple[str, str]
+"""(a `Cause`, a sentence for the log)."""
 
 OWN_FORMULA = "custom"
 """Label of the figures of every formula that is not a preset."""
@@ -44,6 +61,15 @@ MemberAdapter = list[Any]
 """A LoRA adapter: vLLM's ``LoRARequest``, as msgspec writes it."""
 
 Drafter = Literal["", "formula", "ngram"]
+
+
+class Private(str):
+    """A client's text, of which logs show the length; vLLM logs what a step was sent when it fails."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} characters>"
 
 
 @dataclass(frozen=True)
@@ -186,7 +212,7 @@ def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberT
         spec.size,
         prompt_length,
         spec.routine,
-        spec.classifiers,
+        [replace(term, prefix=Private(term.prefix)) for term in spec.classifiers],
         spec.explain,
         spec.scored,
         constituent=own,

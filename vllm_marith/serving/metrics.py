@@ -15,7 +15,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.logger import init_logger
 
-from vllm_marith.engine.group import FIGURES
+from vllm_marith.engine.group import FIGURES, Cause
 
 logger = init_logger(__name__)
 
@@ -45,8 +45,10 @@ class Metrics:
         self.preempted = Counter(
             "vllm_marith:group_preemptions", "Groups that were preempted, as a whole.", _ENGINE
         )
-        self.torn = Counter(
-            "vllm_marith:groups_torn", "Groups that failed because vLLM did not keep them together.", _ENGINE
+        self.failed = Counter(
+            "vllm_marith:requests_failed",
+            "Requests with a formula that ended with an error, by its cause.",
+            [*_ENGINE, "cause"],
         )
         self.members = Histogram(
             "vllm_marith:group_members",
@@ -98,7 +100,9 @@ class Metrics:
         self.waiting.labels(label).set(core["waiting"])
         self.running.labels(label).set(core["running"])
         self.preempted.labels(label).inc(core["preempted"])
-        self.torn.labels(label).inc(core["torn"])
+        failed = dict(core["failed"])
+        for cause in Cause:
+            self.failed.labels(label, cause).inc(failed.get(cause, 0))
         for histogram, name in ((self.members, "members"), (self.fused_rows, "fused_rows")):
             child = histogram.labels(label)
             for value, times in core[name]:

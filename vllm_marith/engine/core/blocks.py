@@ -35,6 +35,23 @@ class BlockAccount:
     def free(self) -> int:
         return self._manager.block_pool.get_num_free_blocks()
 
+    def held(self, members: Iterable[Request]) -> set[int]:
+        """Ids of the blocks that requests hold."""
+        found = (
+            block
+            for m in members
+            for of_kind in self._manager.get_blocks(m.request_id).blocks
+            for block in of_kind
+        )
+        return {block.block_id for block in found if not block.is_null}
+
+    def withdraw(self, block_ids: Iterable[int]) -> list[int]:
+        """Takes those of some blocks that nobody holds any more out of the prefix cache; returns them."""
+        pool = self._manager.block_pool
+        free = [i for i in block_ids if pool.blocks[i].ref_cnt == 0]
+        pool.evict_blocks(set(free))
+        return free
+
     def room(self, prompt_lengths: Sequence[int], constituents: Sequence[int], limit: int) -> int:
         """Tokens, up to `limit`, that members can generate with the whole pool to themselves.
 

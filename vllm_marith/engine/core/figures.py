@@ -26,7 +26,7 @@ class CoreFigures:
         fused_rows: joint steps by the number of rows that groups had in them.
         tokens: generated tokens by label, counted when a request ends.
         preempted: groups that were preempted.
-        torn: groups that failed because vLLM did not keep them together.
+        failed: requests with a formula that ended with an error, by `Cause`.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,8 @@ class CoreFigures:
         self.members: Counter[int] = Counter()
         self.fused_rows: Counter[int] = Counter()
         self.tokens: Counter[str] = Counter()
-        self.preempted = self.torn = 0
+        self.failed: Counter[str] = Counter()
+        self.preempted = 0
 
     def arrive(self, request_id: str, members: int, label: str) -> None:
         """A request with a formula has come."""
@@ -57,7 +58,7 @@ class CoreFigures:
             "fused_rows": sorted(self.fused_rows.items()),
             "tokens": sorted(self.tokens.items()),
             "preempted": self.preempted,
-            "torn": self.torn,
+            "failed": sorted(self.failed.items()),
         }
         self._reset()
         return counts

@@ -14,7 +14,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import Request, RequestStatus
 
-from ..group import FAILURES, KEY, GroupSpec
+from ..group import FAILURES, KEY, Cause, GroupSpec
 from . import constituents, figures
 from .backlog import Backlog
 from .blocks import BlockAccount
@@ -52,6 +52,7 @@ class GroupLifecycle(_Base):
         self._ended: dict[str, Group] = {}  # groups a member of which ended in this update
         self._expired: list[str] = []  # followers that ended in this update
         self._last_outputs: list[tuple[int, EngineCoreOutput]] = []
+        self._unsound: list[int] = []  # free blocks that may hold NaN
         self.figures = CoreFigures()
         figures.install()
 
@@ -65,7 +66,7 @@ class GroupLifecycle(_Base):
             return
         if not isinstance(wire, dict):
             super().add_request(request)
-            self._fail(request, "its formula never passed admission")
+            self._fail(request, Cause.REFUSED, "its formula never passed admission")
             return
 
         spec = GroupSpec.from_wire(wire)
@@ -79,7 +80,7 @@ class GroupLifecycle(_Base):
         room = self._blocks.room(lengths, spec.members, limit)
         if room < 1 or spec.size > self.max_num_active_reqs:
             super().add_request(request)
-            self._fail(request, "the group can never fit this engine")
+            self._fail(request, Cause.REFUSED, "the group can never fit this engine")
             return
         self._add_group(build_group(request, spec, room))
 
@@ -110,20 +111,21 @@ class GroupLifecycle(_Base):
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's update, after which followers share their leader's end and are hidden.
 
-        Groups that the worker could not compute end before it: no token of theirs is taken.
+        Groups that the worker could not compute, or whose members did not get one token, end before it: no
+        token of theirs is taken.
         """
-        for name, reason in getattr(model_runner_output, FAILURES, {}).items():
+        for name, (cause, reason) in getattr(model_runner_output, FAILURES, {}).items():
             if name in self.requests:
-                self._fail(self.requests[name], reason)
+                self._fail(self.requests[name], cause, reason)
         if not self.groups and not self._followers and not self._last_outputs:
             return super().update_from_output(scheduler_output, model_runner_output)
+        self._check_tied(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for group in list(self._ended.values()):
             if group.leader.is_finished():
                 self._finish_followers(group)
             else:
-                self.figures.torn += 1
-                self._fail(group.leader, "a follower ended before its leader")
+                self._fail(group.leader, Cause.TORN, "a follower ended before its leader")
         self._ended.clear()
         for client in outputs.values():
             client.outputs = [o for o in client.outputs if o.request_id not in self._followers]
@@ -133,6 +135,16 @@ class GroupLifecycle(_Base):
             outputs.setdefault(client_index, EngineCoreOutputs()).outputs.append(last)
         self._last_outputs.clear()
         return outputs
+
+    def _check_tied(self, model_runner_output: ModelRunnerOutput) -> None:
+        """Every member of a group got its leader's tokens, or the group fails."""
+        sampled, row_of = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
+        for name in row_of if sampled and self.groups else ():
+            group = self.groups.get(name)
+            if group is not None:
+                tokens = [sampled[row_of[i]] if i in row_of else [] for i in group.ids]
+                if tokens.count(tokens[0]) != len(tokens):
+                    self._fail(group.leader, Cause.TORN, "its members did not get the same token")
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         group = self._group_of.get(request.request_id)
@@ -173,10 +185,24 @@ class GroupLifecycle(_Base):
         for member in group.ids:
             del self._group_of[member]
 
-    def _fail(self, leader: Request, reason: str) -> None:
+    def _fail(self, leader: Request, cause: str, reason: str) -> None:
         """Ends a group with an error that its client receives with the next outputs."""
+        self.figures.failed[cause] += 1
         logger.error("marith: request %s failed: %s", leader.request_id, reason)
+        group = self.groups.get(leader.request_id)
+        held = self._blocks.held(group.members if group else [leader]) if cause == Cause.LOGITS else ()
         self._end(leader, RequestStatus.FINISHED_ERROR)
+        self._unsound += self._blocks.withdraw(held)
+
+    def _get_new_block_ids_to_zero(self) -> list[int] | None:
+        """Also the blocks of groups whose logits were NaN.
+
+        Attention multiplies what it masks by 0, and on CPUs reads whole blocks: NaN that is left in a block
+        would spread to whoever gets it next.
+        """
+        wanted = super()._get_new_block_ids_to_zero()
+        unsound, self._unsound = self._unsound, []
+        return [*(wanted or ()), *unsound] or None
 
     def _end(self, leader: Request, status: RequestStatus, stop_reason: str | None = None) -> None:
         """Ends a group for a reason of ours, which its client receives with the next outputs."""

@@ -31,6 +31,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from ..group import Cause
 from .constituents import lookup
 from .constraints import ConstrainedLifecycle
 from .group_state import Group, remaining
@@ -234,8 +235,8 @@ class GroupMixin(ConstrainedLifecycle):
             self.figures.fused_rows[rows] += 1
         for group, present in joint:
             if present not in (0, len(group.ids)):
-                self.figures.torn += 1
-                self._fail(group.leader, f"{present} of {len(group.ids)} members were scheduled")
+                reason = f"{present} of {len(group.ids)} members were scheduled"
+                self._fail(group.leader, Cause.TORN, reason)
         for group in list(self._torn.values()):
             if group.name in self._released:
                 self._preempt_group(group)

@@ -75,6 +75,7 @@ ENTRIES: tuple[Entry, ...] = (
                 ("self", "request", "num_computed_tokens", "num_new_tokens"),
             ),
             ("get_request_counts", "requests in our backlog are waiting requests", ("self",)),
+            ("_get_new_block_ids_to_zero", "blocks that hold NaN must not reach another request", ("self",)),
         )
     ),
     Entry(
@@ -137,12 +138,15 @@ ENTRIES: tuple[Entry, ...] = (
             (
                 "vllm.v1.core.kv_cache_manager:KVCacheManager",
                 (
-                    *("block_pool", "coordinator", "watermark_blocks"),
+                    *("block_pool", "coordinator", "watermark_blocks", "get_blocks"),
                     *("create_kv_cache_blocks", "empty_kv_cache_blocks"),
                 ),
             ),
             (_COORDINATOR, ("single_type_managers",)),
-            ("vllm.v1.core.block_pool:BlockPool", ("num_gpu_blocks", "get_num_free_blocks")),
+            (
+                "vllm.v1.core.block_pool:BlockPool",
+                ("num_gpu_blocks", "get_num_free_blocks", "blocks", "evict_blocks"),
+            ),
         )
     ),
     *(

@@ -109,7 +109,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         f"{_V2}.model_runner:GPUModelRunner.sample_tokens",
-        "groups that a classifier failed are reported with the step's output",
+        "groups that could not be computed are reported with the step's output",
         "wraps",
         _FAILURE_API,
         ("self", "grammar_output"),
@@ -128,5 +128,16 @@ ENTRIES: tuple[Entry, ...] = (
             ("vllm.v1.worker.gpu_model_runner:AsyncGPUModelRunnerOutput", "v1", "_model_runner_output"),
             (f"{_V2}.async_utils:AsyncOutput", "v2", "model_runner_output"),
         )
+    ),
+    *(
+        Entry(
+            f"{module}:GPUModelRunner._init_kv_zero_meta",
+            "blocks that hold NaN are zeroed, for which vLLM prepares for some models only",
+            "reads",
+            _FAILURE_API,
+            ("self",),
+            runner=runner,
+        )
+        for module, runner in (("vllm.v1.worker.gpu_model_runner", "v1"), (f"{_V2}.model_runner", "v2"))
     ),
 )

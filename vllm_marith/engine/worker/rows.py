@@ -7,25 +7,29 @@ discarded (prefill chunks and held members); `RowPlans` answers with a `RowPlan`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import marith_kernels
 import numpy as np
 import torch
+from vllm.logger import init_logger
 
 from vllm_marith.language.nodes import Schedule, Strength
 from vllm_marith.plan import Routine, Stage, decode
 
 from .. import patches
-from ..group import KEY, MemberTag
+from ..group import KEY, Cause, Failure, MemberTag
 from .answers import Answers
 from .classifiers.rows import ClassifierRows
 from .classifiers.step import ClassifierStep
 from .evidence import Witness
+from .failures import Soundness, StepFailures
 from .figures import FIGURES
 from .head import Head, HeadPlan, combinable
+
+logger = init_logger(__name__)
 
 _SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -44,46 +48,53 @@ class RowPlan:
         head: groups that are combined before the LM head, if there are any; the rest after it.
         batch: the formulas of the step's other joint groups.
         groups: those groups.
+        soundness: of all of them, those of `batch` first.
         leaders: int64 ``[groups]``, the row of each group's leader, which receives the fused row.
         followers: int64 ``[followers]``, rows whose sampled token is replaced ...
         follower_leaders: int64 ``[followers]``, ... by that of this row.
         classifiers: of this step, where formulas have some.
         witnesses: of the groups whose requests want to be explained; none of them is in `head`.
+        broken: groups that have no plan, and why.
     """
 
     head: HeadPlan | None
     batch: marith_kernels.StagedBatch
     groups: list[JointGroup]
+    soundness: Soundness
     leaders: torch.Tensor
     followers: torch.Tensor
     follower_leaders: torch.Tensor
     classifiers: ClassifierStep | None = None
     witnesses: tuple[Witness, ...] = ()
+    broken: Mapping[str, Failure] = field(default_factory=dict)
 
-    @property
-    def failures(self) -> dict[str, str]:
-        """Group -> why its formula could not be computed in this step."""
-        return self.classifiers.failures if self.classifiers else {}
-
-    def compute_logits(self, head: Head, hidden: torch.Tensor) -> torch.Tensor | None:
-        """Fused logits from the hidden states ``[rows, size]``."""
+    def compute_logits(
+        self, head: Head, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor | None, Mapping[str, Failure]]:
+        """Fused logits from the hidden states ``[rows, size]``, and what `fuse` says of them."""
         logits = self.head.run(head, hidden) if self.head else head(hidden)
-        return logits if logits is None else self.fuse(logits)
+        return (None, {}) if logits is None else self.fuse(logits)
 
-    def fuse(self, logits: torch.Tensor) -> torch.Tensor:
-        """float32 logits in which each leader's row holds its formula's distribution."""
-        if not self.batch.n_groups:
-            return logits
+    def fuse(self, logits: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, Failure]]:
+        """float32 logits in which each leader's row holds its formula's distribution.
+
+        Also returns, by group, why a formula has none: tokens of those groups must not be taken.
+        """
         for witness in self.witnesses:
             witness.before(logits)
         with FIGURES.fusing():
+            unreadable = self.soundness.unreadable(logits)
             fused = self.batch.run(logits, external=self._write).logits
+            if self.head:
+                fused = torch.cat([fused, logits.index_select(0, self.head.leaders).float()])
+            verdicts = self.soundness.judge(unreadable, fused)
             # Sampling works in float32 anyway; rows of plain requests keep their values.
             logits = logits.float()
             logits = logits.index_copy_(0, self.leaders, fused)
         for witness in self.witnesses:
             witness.after(logits)
-        return logits
+        known = dict(self.broken) | (self.classifiers.failures if self.classifiers else {})
+        return logits, StepFailures(known, self.soundness.names, verdicts)
 
     def _write(
         self,
@@ -164,6 +175,7 @@ class RowPlans:
         self.combine_hidden_states = combine_hidden_states
         self.key: tuple[list[str], np.ndarray] | None = None
         self.groups: list[JointGroup] = []
+        self.broken: dict[str, Failure] = {}
         self.steered: list[MemberTag] = []  # of the groups that have classifiers
         self.turns = False  # whether any group has a dial
         self.dials: list[tuple[float, ...]] = []
@@ -192,7 +204,7 @@ class RowPlans:
         """
         known = self.key is not None and self.key[0] == request_ids and np.array_equal(self.key[1], discarded)
         if not known:
-            self.groups = _joint_groups(request_ids, discarded, extra_args)
+            self.groups, self.broken = _joint_groups(request_ids, discarded, extra_args)
             self.steered = [group.tag for group in self.groups if group.tag.classifiers]
             self.turns = any(group.routine.dials for group in self.groups)
             self.key = (list(request_ids), discarded.copy())
@@ -204,7 +216,7 @@ class RowPlans:
             dials = self._turn(lengths, step)
             if not known or dials != self.dials:
                 self.dials = dials
-                self.plan = self._build(len(request_ids)) if self.groups else None
+                self.plan = self._build(len(request_ids)) if self.groups or self.broken else None
         return self.plan if self.plan is None or step is None else replace(self.plan, classifiers=step)
 
     def _turn(self, lengths: np.ndarray, step: ClassifierStep | None) -> list[tuple[float, ...]]:
@@ -215,17 +227,23 @@ class RowPlans:
 
     def _build(self, num_rows: int) -> RowPlan:
         pipelines, batched, followers, follower_leaders = [], [], [], []
-        head_programs, head_rows = [], []
+        head_programs, head_rows, headed = [], [], []
         witnesses = []
+        broken = dict(self.broken)
         for group, dials in zip(self.groups, self.dials, strict=True):
             # The values of probabilities do not come again.
             find = pipeline_of.__wrapped__ if group.strengths else pipeline_of
-            pipeline = find(group.tag.routine, dials)
+            try:
+                pipeline = find(group.tag.routine, dials)
+            except Exception as error:
+                broken[group.tag.group] = _unexpected(error)
+                continue
             if group.tag.explain:
                 witnesses.append(Witness(group.tag.explain, group.rows))
             if self.combine_hidden_states and not group.tag.explain and (program := _before_head(pipeline)):
                 head_programs.append(program)
                 head_rows.append(group.rows)
+                headed.append(group)
             else:
                 pipelines.append(pipeline)
                 batched.append(group)
@@ -242,14 +260,23 @@ class RowPlans:
         head = None
         if head_programs:
             head = HeadPlan.build(head_programs, head_rows, num_rows, self.device)
+        # Of a group that is combined before the head, the leader's row is all that there is.
+        read = [group.rows for group in batched] + [group.rows[:1] for group in headed]
+        planned = [*batched, *headed]
         return RowPlan(
             head,
             marith_kernels.StagedBatch.build(pipelines, [group.rows for group in batched], self.device),
             batched,
-            index([group.rows[0] for group in batched]),
+            Soundness(
+                [group.tag.group for group in planned],
+                index([row for rows in read for row in rows]),
+                index([owner for owner, rows in enumerate(read) for _ in rows]),
+            ),
+            index([group.rows[0] for group in planned]),
             index(followers),
             index(follower_leaders),
             witnesses=tuple(witnesses),
+            broken=broken,
         )
 
 
@@ -259,9 +286,27 @@ def _before_head(pipeline: marith_kernels.Pipeline) -> marith_kernels.Program | 
     return program if len(pipeline.stages) == 1 and program and combinable(program) else None
 
 
+def failing_all(
+    request_ids: Sequence[str],
+    discarded: np.ndarray,
+    extra_args: Callable[[str], dict[str, Any] | None],
+    error: Exception,
+) -> dict[str, Failure]:
+    """Every group that would have sampled in a step, which could not be planned or fused at all."""
+    failure = _unexpected(error)
+    wires = ((extra_args(i) or {}).get(KEY) for i, out in zip(request_ids, discarded, strict=True) if not out)
+    return {wire["group"]: failure for wire in wires if wire}
+
+
+def _unexpected(error: Exception) -> Failure:
+    logger.exception("marith: a formula could not be computed")
+    return Cause.ERROR, f"its formula could not be computed: {type(error).__name__}"
+
+
 def _joint_groups(
     request_ids: Sequence[str], discarded: np.ndarray, extra_args: Callable[[str], dict[str, Any] | None]
-) -> list[JointGroup]:
+) -> tuple[list[JointGroup], dict[str, Failure]]:
+    """The groups that sample in a step, and those of which it has only a part or which cannot be read."""
     members: dict[str, dict[int, int]] = {}  # group -> member -> row
     leaders: dict[str, Mapping[str, Any]] = {}
     for row, request_id in enumerate(request_ids):
@@ -272,17 +317,25 @@ def _joint_groups(
             if wire["index"] == 0:
                 leaders[wire["group"]] = wire
     groups = []
+    # The scheduler never sends a part of a group; it fails the group there if it ever does.
+    broken: dict[str, Failure] = {
+        name: (Cause.TORN, f"the worker had {len(row_of)} of its members, without the leader")
+        for name, row_of in members.items()
+        if name not in leaders
+    }
     for name, wire in leaders.items():
         row_of = members[name]
         if len(row_of) != wire["size"]:
-            # The scheduler never sends such a step; it fails the group there if it ever does
-            # and drops its tokens, so leaving the rows alone is safe here.
+            broken[name] = Cause.TORN, f"the worker had {len(row_of)} of its {wire['size']} members"
             continue
-        tag = MemberTag.from_wire(wire)
-        rows = [row_of[i] for i in range(tag.size)]
-        ids = [request_ids[row] for row in rows]
-        groups.append(JointGroup(ids, rows, tag, _routine(tag.routine)))
-    return groups
+        try:
+            tag = MemberTag.from_wire(wire)
+            rows = [row_of[i] for i in range(tag.size)]
+            ids = [request_ids[row] for row in rows]
+            groups.append(JointGroup(ids, rows, tag, _routine(tag.routine)))
+        except Exception as error:
+            broken[name] = _unexpected(error)
+    return groups, broken
 
 
 # Requests repeat a handful of formulas; reading one costs more than finding it again.

@@ -10,18 +10,18 @@ so that whatever a request asks of the sampler acts on the formula's distributio
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from .. import patches
-from ..group import BANS, FAILURES, KEY, constituent_of
+from ..group import BANS, FAILURES, KEY, Failure, constituent_of
 from .answers import CONTEXT, Continuation
 from .classifiers.rows import ClassifierRows
 from .constituents.models import Constituents
-from .rows import RowPlans, ban
+from .rows import RowPlan, RowPlans, ban, failing_all
 from .scoring import RAW_LOGITS, PromptScorer, scored_tag
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -63,6 +63,8 @@ def _with_fusion(sample_tokens: Any) -> Any:
         plans = self.__dict__.get("marith_plans")
         if plans is None:
             plans = self.marith_plans = RowPlans(self.device, classifiers=_classifiers(self))
+            if self.device.type != "cpu" and not hasattr(self, "_kv_block_zeroer"):
+                self._init_kv_zero_meta()  # for `_get_new_block_ids_to_zero` of the scheduler
         if state.scheduler_output.scheduled_new_reqs:
             plans.forget()  # the id of a request that ended may come back with another formula
         ids = self.input_batch.req_ids
@@ -73,10 +75,18 @@ def _with_fusion(sample_tokens: Any) -> Any:
             return requests[request_id].sampling_params.extra_args
 
         lengths = self.optimistic_seq_lens_cpu.numpy()[: len(ids)]  # exact without drafts
-        plan = plans.plan_step(ids, discarded, lengths, extra_args, functools.partial(_answers, self))
+        plan: RowPlan | None = None
+        failures: Mapping[str, Failure] | None = None
+        try:
+            plan = plans.plan_step(ids, discarded, lengths, extra_args, functools.partial(_answers, self))
+            if plan is not None:
+                with torch.inference_mode():
+                    logits, failures = plan.fuse(state.logits)
+        except Exception as error:
+            plan, failures = None, failing_all(ids, discarded, extra_args, error)
+            plans.forget()
         if plan is not None:
             with torch.inference_mode():
-                logits = plan.fuse(state.logits)
                 for request_id, (tokens, seed) in getattr(state.scheduler_output, BANS, {}).items():
                     ban(logits, self.input_batch.req_id_to_index[request_id], tokens)
                     if seed is not None:
@@ -88,9 +98,11 @@ def _with_fusion(sample_tokens: Any) -> Any:
                 output = sample_tokens(self, grammar_output)
         finally:
             self.marith_plan = None
-        if plan is not None and plan.failures:
+        if "marith_scorer" in self.__dict__:
+            failures = self.marith_scorer.add_failures(failures)
+        if failures is not None:
             # Asynchronous output carries what the scheduler gets in the end.
-            setattr(getattr(output, "_model_runner_output", output), FAILURES, plan.failures)
+            setattr(getattr(output, "_model_runner_output", output), FAILURES, failures)
         return output
 
     return fused

@@ -23,21 +23,21 @@ terms' prompts do not matter to it, and a formula of one term draws the tokens o
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
 
 from .. import patches
-from ..group import FAILURES, KEY, MemberTag, constituent_of
+from ..group import FAILURES, KEY, Failure, MemberTag, constituent_of
 from ..settings import Settings
 from .answers import CONTEXT, Answers, Continuation
 from .classifiers.loading import load_classifiers
 from .classifiers.rows import ClassifierRows
 from .constituents.models import Constituents
 from .head import Head, obeys_law
-from .rows import RowPlan, RowPlans, ban
+from .rows import RowPlan, RowPlans, ban, failing_all
 from .scoring import RAW_LOGITS, PromptScorer, scored_tag
 
 if TYPE_CHECKING:
@@ -82,9 +82,11 @@ def _with_failures(sample_tokens: Any) -> Any:
     def reporting(self: Any, grammar_output: Any) -> Any:
         output = sample_tokens(self, grammar_output)
         if isinstance(self.model_state, FormulaState):
+            if self.kv_block_zeroer is None:
+                self._init_kv_zero_meta()  # for `_get_new_block_ids_to_zero` of the scheduler
+            # Asynchronous output carries what the scheduler gets in the end.
             failures = self.model_state.groups.take_failures()
-            if failures:
-                # Asynchronous output carries what the scheduler gets in the end.
+            if failures is not None:
                 setattr(getattr(output, "model_runner_output", output), FAILURES, failures)
         return output
 
@@ -238,7 +240,7 @@ class StepGroups:
         # The plan of the step whose logits were fused and whose tokens have not been sampled.
         self.plan: RowPlan | None = None
         # Groups of that step that could not be computed.
-        self.failures: dict[str, str] = {}
+        self.failures: Mapping[str, Failure] | None = None
 
     def add_request(self, request_id: str, extra_args: dict[str, Any] | None) -> None:
         if extra_args and KEY in extra_args:
@@ -279,22 +281,26 @@ class StepGroups:
         lengths = batch.seq_lens_cpu_upper_bound.numpy()[:rows]
         held = lengths < batch.prefill_len_np[:rows]
         assert self.answers is not None
-        self.plan = self.plans.plan_step(batch.req_ids, held, lengths, self.members.get, self.answers)
-        if self.plan is None:
+        try:
+            self.plan = self.plans.plan_step(batch.req_ids, held, lengths, self.members.get, self.answers)
+            if self.plan is None:
+                return head(hidden)
+            logits, self.failures = self.plan.compute_logits(head, hidden)
+        except Exception as error:
+            self.plan, self.failures = None, failing_all(batch.req_ids, held, self.members.get, error)
+            self.plans.forget()
             return head(hidden)
-        logits = self.plan.compute_logits(head, hidden)
         if self.banning and logits is not None:
             for row, request_id in enumerate(batch.req_ids):
                 tag = self.banning.get(request_id)
                 if tag is not None and lengths[row] == tag.banned_at:
                     ban(logits, row, tag.banned)
-        self.failures = self.plan.failures
         return logits
 
-    def take_failures(self) -> dict[str, str]:
+    def take_failures(self) -> Mapping[str, Failure] | None:
         """What became of the step: group -> why its formula could not be computed."""
-        failures, self.failures = self.failures, {}
-        return failures
+        failures, self.failures = self.failures, None
+        return self.scorer.add_failures(failures)
 
     def tie(self, sampled: torch.Tensor) -> None:
         """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""

@@ -11,14 +11,14 @@ vLLM computes the leader's plain log-probabilities on its way; ours take their p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import marith_kernels
 import torch
 from vllm.v1.outputs import LogprobsTensors
 
-from ..group import KEY, MemberTag
+from ..group import KEY, Cause, Failure, MemberTag
 from .head import Head
 from .rows import JointGroup, pipeline_of
 
@@ -38,6 +38,7 @@ class PromptScorer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._hidden: dict[str, torch.Tensor] = {}  # request id -> [n, size]
+        self._failures: dict[str, Failure] = {}
 
     def keep(self, request_id: str, tag: MemberTag, length: int, start: int, hidden: torch.Tensor) -> None:
         """Keeps what a step has computed of one member's prompt.
@@ -76,18 +77,32 @@ class PromptScorer:
         pipeline = pipeline_of(group.tag.routine, ())
         step = max(1, ROWS // len(members))
         found = []
+        largest = torch.full((), -torch.inf, device=self.device)
         for begin in range(0, len(tokens), step):
             chunk = tokens[begin : begin + step]
             logits = head(torch.cat([hidden[begin : begin + step] for hidden in members]))
             assert logits is not None  # ranks that have no logits are never asked for scores
+            largest = torch.maximum(largest, logits.amax().float())  # NaN where any logit is
             rows = [range(i, len(members) * len(chunk), len(chunk)) for i in range(len(chunk))]
             batch = marith_kernels.StagedBatch.build([pipeline] * len(chunk), rows, self.device)
             found.append(gather(batch.run(logits).logits, chunk))
-        return LogprobsTensors(
+        scores = LogprobsTensors(
             torch.cat([part.logprob_token_ids for part in found]).cpu(),
             torch.cat([part.logprobs for part in found]).cpu(),
             torch.cat([part.selected_token_ranks for part in found]).cpu(),
         )
+        if not largest < torch.inf or scores.logprobs.isnan().any():
+            reason = "a position of its prompt has no distribution"
+            self._failures[group.tag.group] = Cause.LOGITS, reason
+        return scores
+
+    def add_failures(self, failures: Mapping[str, Failure] | None) -> Mapping[str, Failure] | None:
+        """A step's failures, which may be None, with those of the groups that were scored in it.
+
+        Scores were waited for, so where there are failures here, those of the step may be read, too.
+        """
+        own, self._failures = self._failures, {}
+        return failures if not own else own if failures is None else own | dict(failures)
 
 
 def scored_tag(extra_args: dict[str, Any] | None) -> MemberTag | None:

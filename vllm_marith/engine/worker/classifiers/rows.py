@@ -163,6 +163,8 @@ class ClassifierRows:
                     end = start + len(texts[i])
                     found[i] = log_probs[start:end, int(terms[i].minimize), terms[i].label]
                     start = end
+                    if np.isnan(found[i]).any():  # 16-bit weights may overflow on some text
+                        failures[i] = f"classifier '{name}' gave no number for its class"
         return found
 
 

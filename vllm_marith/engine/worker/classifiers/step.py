@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from ...group import MemberTag
+from ...group import Cause, Failure, MemberTag
 from ..answers import Answers, Continuation
 from .rows import ClassifierRows
 
@@ -25,7 +25,7 @@ class ClassifierStep:
 
     rows: ClassifierRows
     continuations: dict[str, Continuation]
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, rows: ClassifierRows, groups: Sequence[MemberTag], answers: Answers) -> ClassifierStep:
@@ -37,7 +37,7 @@ class ClassifierStep:
         """(group, term's name) -> p(y | text so far)."""
         terms = [next(term for term in tag.classifiers if term.name == name) for tag, name in asked]
         found, failures = self.rows.probabilities(terms, [self.continuations[tag.group] for tag, _ in asked])
-        self.failures.update((asked[i][0].group, reason) for i, reason in failures.items())
+        self._fail({asked[i][0].group: reason for i, reason in failures.items()})
         keys = [(tag.group, name) for tag, name in asked]
         return dict(zip(keys, found, strict=True))
 
@@ -52,5 +52,8 @@ class ClassifierStep:
         terms = [tag.classifiers[index] for tag, index in asked]
         continuations = [self.continuations[tag.group] for tag, _ in asked]
         lse, failures = self.rows.write(terms, continuations, source, out)
-        self.failures.update((asked[i][0].group, reason) for i, reason in failures.items())
+        self._fail({asked[i][0].group: reason for i, reason in failures.items()})
         return lse
+
+    def _fail(self, reasons: Mapping[str, str]) -> None:
+        self.failures.update((group, (Cause.CLASSIFIER, reason)) for group, reason in reasons.items())
