@@ -180,6 +180,10 @@ def test_operands_of_other_kinds(other):
         ({"model": "m\n"}, "'model' of a term must be a name that the server knows"),
         ({"speculative_factor": 0}, "'speculative_factor' of a term must be a whole number of at least 1"),
         ({"speculative_factor": True}, "'speculative_factor' of a term must be a whole number of at least 1"),
+        ({"model": "ngram", "system": ""}, "'system' belongs to a language model, and the model 'ngram' is"),
+        ({"model": "ngram", "prompt": "x"}, "'prompt' belongs to a language model"),
+        ({"model": "ngram", "adapter": "x"}, "'adapter' belongs to a language model"),
+        ({"model": "ngram", "speculative_factor": 2}, "'speculative_factor' belongs to a language model"),
         ({"name": "2x"}, "'2x' cannot name a term"),
         ({"name": "union"}, "'union' is an operator and cannot name a term"),
         ({"name": "topk"}, "'topk' is an operator and cannot name a term"),
@@ -206,6 +210,20 @@ def test_needs():
         "tuned": ("adapter",),
         "judge": ("classifier",),
     }
+
+
+@pytest.mark.parametrize("text", ["n", "a + n", "0*n + a", "superseded(a, n)", "superseded(2*n, a)"])
+def test_an_ngram_only_drafts(text):
+    with pytest.raises(FormulaError, match="the term 'n' is an n-gram"):
+        Formula.parse(text, {"n": {"model": "ngram"}})
+
+
+def test_a_drafting_ngram_needs_nothing_and_has_no_logits():
+    formula = Formula.parse("superseded(n, superseded(n, a)) + b", {"n": {"model": "ngram"}})
+    assert (formula.needs, formula.leader) == ({}, "a")
+    logits = {name: np.arange(4.0) ** i for i, name in enumerate("ab")}
+    expected = Formula.parse("a + b").evaluate(logits)
+    np.testing.assert_array_equal(formula.evaluate(logits), expected)
 
 
 def test_render():

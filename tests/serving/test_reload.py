@@ -89,13 +89,13 @@ def test_admitted_formulas_stay_compiled_as_they_were(presets: Path) -> None:
 
     engine = api_server.FakeEngineClient(presets)
     admission = Admission(engine.renderer)
-    asked, _, label = admission._compiler("steer")
-    assert (str(asked.formula), label) == ("child - 0.5*adult", "steer")
+    compiled = admission._compiler("steer")
+    assert (str(compiled.asked.formula), compiled.label) == ("child - 0.5*adult", "steer")
     steer = presets / "steer.yaml"
     steer.write_text(steer.read_text().replace("0.5*", "0.25*"))
     admission.use(Presets.load(presets))
-    again, _, _ = admission._compiler("steer")
-    assert str(again.formula) == "child - 0.25*adult"
+    again = admission._compiler("steer")
+    assert str(again.asked.formula) == "child - 0.25*adult"
 
 
 def test_labels_of_figures_are_presets_or_one_word(presets: Path) -> None:

@@ -15,9 +15,12 @@ from pydantic import (
     model_validator,
 )
 
-from vllm_marith.language.names import PLAIN_NAME
+from vllm_marith.language import Formula, FormulaError
+from vllm_marith.language.names import NGRAM, PLAIN_NAME
 from vllm_marith.language.presets import PresetError, Presets
 from vllm_marith.language.request import Limits
+from vllm_marith.language.speculative import Speculative, check_speculative
+from vllm_marith.plan import Speculation, lower, speculate
 
 from .classifiers import ClassifierSettings
 from .group import KEY
@@ -33,6 +36,12 @@ def _as_list(value: Any) -> Any:
 def _requestable(name: str) -> str:
     if not PLAIN_NAME.fullmatch(name):
         raise ValueError("a name has at most 64 letters, digits, '_', '-' and '.' (not first)")
+    return name
+
+
+def _no_ngram(name: str) -> str:
+    if name == NGRAM:
+        raise ValueError(f"the name '{NGRAM}' is taken: terms with that model draft what n-grams propose")
     return name
 
 
@@ -80,6 +89,9 @@ class Settings(BaseModel):
             chosen at the start such that little memory is left over.
         combine_hidden_states: whether linear formulas are applied before the LM head where its law
             allows it, see `vllm_marith.engine.worker.head`; V2 model runner only.
+        speculative: whether requests that do not say so are drafted, and how far, see
+            `vllm_marith.language.speculative`.
+        max_speculative_tokens: the most tokens that are drafted at a time.
         warmup: whether each worker compiles the fusion kernels before it serves.
     """
 
@@ -89,10 +101,28 @@ class Settings(BaseModel):
     limits: Limits = Field(default_factory=Limits)
     classifiers: dict[Name, ClassifierSettings] = Field(default_factory=dict)
     max_classifier_texts: Annotated[int, Field(ge=1, strict=True)] = 256
-    constituents: dict[Name, ConstituentSettings] = Field(default_factory=dict)
+    constituents: dict[Annotated[Name, AfterValidator(_no_ngram)], ConstituentSettings] = Field(
+        default_factory=dict
+    )
     block_sizes: tuple[int, ...] = ()
     combine_hidden_states: bool = False
+    speculative: Annotated[Speculative, BeforeValidator(check_speculative)] = "off"
+    max_speculative_tokens: Annotated[int, Field(ge=1, le=32, strict=True)] = 8
     warmup: bool = True
+
+    @model_validator(mode="after")
+    def _within(self) -> Settings:
+        if isinstance(self.speculative, int) and self.speculative > self.max_speculative_tokens:
+            raise ValueError(
+                f"speculative is {self.speculative}, and max_speculative_tokens allows "
+                f"{self.max_speculative_tokens}"
+            )
+        return self
+
+    @property
+    def speculates(self) -> bool:
+        """Whether the engine is started such that it can draft: one of the two settings for it is there."""
+        return not self.model_fields_set.isdisjoint({"speculative", "max_speculative_tokens"})
 
     @classmethod
     def of(cls, vllm_config: Any) -> Settings:
@@ -116,24 +146,65 @@ class Settings(BaseModel):
                 f"additional_config: {place}: {first['msg'].lower()} (known settings: {known})"
             ) from None
 
+    def speculation(
+        self, formula: Formula, asked: Speculative | None, *, demanded: bool
+    ) -> Speculation | None:
+        """How a request for a formula is drafted here, None for not at all.
+
+        With "auto", formulas whose terms all run on one base model are not: its weights, which a step of a
+        few rows spends its time on, are read once for all terms as it is.
+
+        Args:
+            asked: what the request or its preset says, None for nothing.
+            demanded: to be refused where it cannot be.
+
+        Raises:
+            FormulaError: why it cannot be.
+        """
+        value = self.speculative if asked is None else asked
+        length = value if isinstance(value, int) else None
+        if value == "off" or length == 0:
+            return None
+        most = self.max_speculative_tokens
+        if not self.speculates:
+            found: Speculation | str = (
+                "this server was started without speculation; its operator can set 'speculative' or "
+                "'max_speculative_tokens'"
+            )
+        elif length is not None and length > most:
+            found = f"this server drafts at most {most} tokens at a time"
+        else:
+            found = speculate(formula, length, limit=most)
+        if isinstance(found, str):
+            if demanded:
+                raise FormulaError(f"'speculative' is {asked}, but {found}")
+            return None
+        models = {formula.terms[name].model for name in {*lower(formula).terms, *found.drafters}}
+        return None if value == "auto" and len(models) == 1 and not found.ngram else found
+
     def load_presets(self) -> Presets:
         """The operator's presets, or none.
 
         Raises:
             PresetError: a file is wrong, and the sentence names file, line and reason; or a preset needs a
-                model or classifier that these settings do not name.
+                model or classifier that these settings do not name, or speculation that is not to be had.
         """
         presets = Presets.load(*self.presets)
         for name, formula in presets.formulas.items():
             for label, term in formula.terms.items():
-                for kind, asked, known in (
-                    ("constituent", term.model, self.constituents),
+                for kind, named, known in (
+                    ("constituent", None if term.model == NGRAM else term.model, self.constituents),
                     ("classifier", term.classifier, self.classifiers),
                 ):
-                    if asked is not None and asked not in known:
+                    if named is not None and named not in known:
                         listed = ", ".join(known) or "none"
                         raise PresetError(
-                            f"the preset '{name}' needs the {kind} '{asked}' for its term '{label}', which "
+                            f"the preset '{name}' needs the {kind} '{named}' for its term '{label}', which "
                             f"the settings do not name; the {kind}s are: {listed}"
                         )
+            try:
+                asked = presets.presets[name].speculative
+                self.speculation(formula, asked, demanded=isinstance(asked, int))
+            except FormulaError as error:
+                raise PresetError(f"the preset '{name}': {error.message}") from None
         return presets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Final
 
 from vllm_marith.language.algebra import (
@@ -28,6 +29,7 @@ from vllm_marith.language.nodes import (
     Plausible,
     Scale,
     SelfDebias,
+    Superseded,
     Uniform,
     children,
     walk,
@@ -67,6 +69,25 @@ def check_weights(root: Node, normalize: str) -> None:
             f"the weights amplify log-probabilities up to {largest:.3g} times; "
             f"{format_number(LARGEST_GAIN)} times is the most"
         )
+
+
+def check_ngrams(node: Node, ngrams: Collection[str]) -> None:
+    """Refuse a term that is an n-gram anywhere but as what drafts for another.
+
+    Raises:
+        FormulaError: naming it.
+    """
+    match node:
+        case Superseded(Leaf(name), large) if name in ngrams:
+            check_ngrams(large, ngrams)
+        case Leaf(name) if name in ngrams:
+            raise FormulaError(
+                f"the term '{name}' is an n-gram, which has no probabilities and only drafts: it stands in "
+                f"superseded({name}, ...) and nowhere else"
+            )
+        case _:
+            for child in children(node):
+                check_ngrams(child, ngrams)
 
 
 def _is_distribution(node: Node) -> bool:

@@ -15,13 +15,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_marith.language.building import add, divide, multiply, number, scale
-from vllm_marith.language.checks import check_weights
+from vllm_marith.language.checks import check_ngrams, check_weights
 from vllm_marith.language.constraints import Constraints
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.limits import MAX_NESTING, Limits
-from vllm_marith.language.names import Normalize, check_normalize
+from vllm_marith.language.names import NGRAM, Normalize, check_normalize
 from vllm_marith.language.naming import as_number, unify
 from vllm_marith.language.nodes import Node, leaf_names, nesting, rename
+from vllm_marith.language.speculative import Speculative, check_speculative
 from vllm_marith.language.term import TermFields
 from vllm_marith.language.text import to_text
 
@@ -164,11 +165,12 @@ class Formula(_Arithmetic):
 
         Raises:
             FormulaError: no language model, a total weight N that is not positive under normalize "sum",
-                weights beyond any use, or a filter under a negative weight.
+                weights beyond any use, a filter under a negative weight, or an n-gram where it cannot draft.
         """
         if not self.terms:
             raise FormulaError("a formula needs at least one term")
         _ = self.leader
+        check_ngrams(self.root, {name for name, term in self.terms.items() if term.model == NGRAM})
         check_weights(self.root, self.normalize)
         return self
 
@@ -205,31 +207,43 @@ class Formula(_Arithmetic):
 
         return explain(self)
 
-    def to_json(self, constraints: Constraints | Mapping[str, Any] | None = None) -> str:
+    def to_json(
+        self,
+        constraints: Constraints | Mapping[str, Any] | None = None,
+        speculative: Speculative | None = None,
+    ) -> str:
         """The formula as a server reads it: the value of `vllm_xargs["marith"]`.
 
         Every term is written out, plain ones as {}, so that no preset of the server can take its place.
 
         Args:
             constraints: what the answer must not contain.
+            speculative: "auto", "off" or the number of tokens to draft; by default what the server does.
         """
         terms = {name: term.to_dict() for name, term in self.terms.items()}
         told: dict[str, Any] = {"formula": str(self), "terms": terms, "normalize": self.normalize}
         if constraints is not None:
             told["constraints"] = Constraints.from_json(constraints).to_dict()
+        if speculative is not None:
+            told["speculative"] = check_speculative(speculative)
         return json.dumps(told, ensure_ascii=False)
 
     def sampling_params(
-        self, *, constraints: Constraints | Mapping[str, Any] | None = None, **vllm_kwargs: Any
+        self,
+        *,
+        constraints: Constraints | Mapping[str, Any] | None = None,
+        speculative: Speculative | None = None,
+        **vllm_kwargs: Any,
     ) -> SamplingParams:
         """`vllm.SamplingParams(**vllm_kwargs)` that carry this formula, for `vllm.LLM.generate`.
 
         Args:
             constraints: what the answer must not contain.
+            speculative: "auto", "off" or the number of tokens to draft; by default what the engine does.
 
         Raises:
-            FormulaError: the formula defines no distribution, the constraints are wrong, or `extra_args`
-                carry a formula already.
+            FormulaError: the formula defines no distribution, an option is wrong, or `extra_args` carry a
+                formula already.
             ImportError: vLLM is not installed.
         """
         self.check()
@@ -243,7 +257,7 @@ class Formula(_Arithmetic):
                 "sampling_params() makes vllm.SamplingParams, and vLLM cannot be imported here; install it "
                 "with `pip install 'vllm-marith[cpu]'` or `pip install 'vllm-marith[cuda]'`"
             ) from error
-        extra_args[REQUEST_KEY] = self.to_json(constraints)
+        extra_args[REQUEST_KEY] = self.to_json(constraints, speculative)
         params: SamplingParams = vllm.SamplingParams(extra_args=extra_args, **vllm_kwargs)
         return params
 

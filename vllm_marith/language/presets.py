@@ -10,6 +10,7 @@
       strength: 0.6
     formula: base - strength*toxic     # optional: a file may only define terms
     normalize: sum                     # default
+    speculative: auto                  # or off, or a number of tokens; default: as the server does
 
 The terms of all files share one name space, so that a formula in one file, or in a request, can use those of
 another.  A folder is read without the folders in it: what needs more than the base model, such as experts or
@@ -33,6 +34,7 @@ from vllm_marith.language.expression import Formula, Term
 from vllm_marith.language.limits import TRUSTED
 from vllm_marith.language.names import BASE, check_term_name
 from vllm_marith.language.request import check_parameters, resolve_formula, term_from_json
+from vllm_marith.language.speculative import Speculative, check_speculative
 from vllm_marith.language.validation import sentence, shown
 
 _SUFFIXES: Final = (".yaml", ".yml")
@@ -54,6 +56,7 @@ class PresetSpec(BaseModel):
     parameters: dict[str, Any] = Field(default_factory=dict)
     formula: str | None = None
     normalize: Literal["sum", "none"] = "sum"
+    speculative: Any = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Preset:
         parameters: name -> default value.
         description: what it does, in a sentence or a few.
         paper: where it comes from.
+        speculative: what requests for the preset get that do not say it themselves.
     """
 
     name: str
@@ -75,6 +79,7 @@ class Preset:
     parameters: Mapping[str, float]
     description: str = ""
     paper: str = ""
+    speculative: Speculative | None = None
 
 
 @dataclass(frozen=True)
@@ -220,8 +225,13 @@ class _File:
             formula = resolve_formula(text, {}, shared, self.spec.normalize, TRUSTED, values)
         except FormulaError as error:
             raise self.error(str(error), "formula") from None
+        try:
+            asked = self.spec.speculative
+            speculative = None if asked is None else check_speculative(asked)
+        except FormulaError as error:
+            raise self.error(error.message, "speculative") from None
         description = " ".join(self.spec.description.split())
-        return Preset(name, formula, text, values, description, self.spec.paper)
+        return Preset(name, formula, text, values, description, self.spec.paper, speculative)
 
     def error(self, reason: str, *where: str) -> PresetError:
         return PresetError(f"{self.path}:{_line(self.lines, where)}: {reason}")

@@ -5,6 +5,7 @@ Either a bare formula over what the server defines, or JSON:
     {"formula": "child - 0.6*adult", "terms": {"child": {"system": "You are a child."}}, "normalize": "sum"}
     {"formula": "preadd", "parameters": {"strength": 0.8}}
     {"formula": "base", "constraints": {"forbid": ["damn"]}}
+    {"formula": "superseded(small, large)", "speculative": 4}
 
 A name means, in this order: a parameter of the request, i.e. a number; a term of the request; a term of the
 server's presets; a preset, i.e. its formula in parentheses, with the request's values for those of its
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Final, Literal, Protocol
 
@@ -30,6 +31,7 @@ from vllm_marith.language.names import BASE, UNIFORM, check_term_name, is_identi
 from vllm_marith.language.naming import as_number
 from vllm_marith.language.nodes import Node
 from vllm_marith.language.parser import parse
+from vllm_marith.language.speculative import Speculative, check_speculative
 from vllm_marith.language.validation import describe, did_you_mean, sentence, shown
 
 _STRICT: Final = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -66,6 +68,7 @@ class RequestSpec(BaseModel):
     normalize: Literal["sum", "none"] | None = None
     constraints: dict[str, Any] | None = None
     explain: bool = False
+    speculative: Any = None
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,16 @@ class FormulaRequest:
         formula: checked.
         constraints: what the answer must not contain.
         explain: whether the answer comes with what each term said about its tokens.
+        speculative: whether and how far to draft, by the request or by the preset that its formula is; None
+            for what the server does by default.
+        demands_drafts: the request itself gives the number of tokens, and is refused where that cannot be.
     """
 
     formula: Formula
     constraints: Constraints | None = None
     explain: bool = False
+    speculative: Speculative | None = None
+    demands_drafts: bool = False
 
 
 class NamedFormula(Protocol):
@@ -88,6 +96,9 @@ class NamedFormula(Protocol):
 
     @property
     def parameters(self) -> Mapping[str, float]: ...
+
+    @property
+    def speculative(self) -> Speculative | None: ...
 
 
 class PresetTable(Protocol):
@@ -141,7 +152,18 @@ def read_request(
         raise FormulaError(f"'{both[0]}' is a term and a parameter of one request")
     formula = resolve_formula(spec.formula, own, presets, spec.normalize, limits, parameters)
     constraints = None if spec.constraints is None else Constraints.from_json(spec.constraints)
-    return FormulaRequest(formula, constraints, spec.explain)
+    whole = _whole_preset(spec.formula, {*own, *parameters}, presets)
+    speculative = whole.speculative if whole else None
+    if spec.speculative is not None:
+        speculative = check_speculative(spec.speculative)
+    demands_drafts = isinstance(spec.speculative, int)
+    return FormulaRequest(formula, constraints, spec.explain, speculative, demands_drafts)
+
+
+def _whole_preset(text: str, own: Set[str], presets: PresetTable | None) -> NamedFormula | None:
+    """The preset that the formula is, if it is nothing else; own: names that mean something else here."""
+    name = text.strip(" \t\r\n()")
+    return None if presets is None or name in own else presets.presets.get(name)
 
 
 def resolve_formula(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
 from vllm_marith.language.errors import FormulaError
-from vllm_marith.language.names import PLAIN_NAME, check_term_name
+from vllm_marith.language.names import NGRAM, PLAIN_NAME, check_term_name
 from vllm_marith.language.nodes import Leaf
 from vllm_marith.language.validation import describe, is_text
 
@@ -19,7 +19,8 @@ class TermFields:
         system: chat: this term's system message; completion: `system + "\\n" + input`.
         prompt: a template in which `{input}` stands for the user's input.  Without `system` and `prompt`
             the term sees the request as it is.
-        model: a constituent model of the server, by name; None is the base model.
+        model: a constituent model of the server, by name; None is the base model; "ngram" is none and only
+            drafts, as the small operand of `superseded`: what once followed the last tokens.
         adapter: a LoRA adapter that the server knows, by name.
         classifier: a classifier that the server's configuration lists, by name.  The term is then no language
             model: its energy says how much more a token makes the text belong to a class, see `nodes`.
@@ -86,6 +87,13 @@ class TermFields:
             raise FormulaError(
                 f"'label' of a term must be a class's name or index, not {describe(self.label)}"
             )
+        if self.model == NGRAM:
+            given = [key for key in _LANGUAGE_MODEL_OPTIONS if getattr(self, key) != _default(key)]
+            if given:
+                raise FormulaError(
+                    f"'{given[0]}' belongs to a language model, and the model 'ngram' is none: it reads the "
+                    "leader's tokens"
+                )
         if self.classifier is None:
             given = [key for key in _CLASSIFIER_OPTIONS if getattr(self, key) != _default(key)]
             if given:
@@ -107,7 +115,11 @@ class TermFields:
 
         Some of "model", "adapter", "classifier", "speculative_factor", in this order.
         """
-        asked = [name for name in ("model", "adapter", "classifier") if getattr(self, name) is not None]
+        asked = [
+            name
+            for name in ("model", "adapter", "classifier")
+            if getattr(self, name) is not None and (name, self.model) != ("model", NGRAM)
+        ]
         return (*asked, "speculative_factor") if self.speculative_factor != 1 else tuple(asked)
 
     def render(self, text: str) -> str:
@@ -122,6 +134,7 @@ class TermFields:
         return {key: value for key in _REQUEST_FIELDS if (value := getattr(self, key)) != _default(key)}
 
 
+_LANGUAGE_MODEL_OPTIONS: Final = ("system", "prompt", "adapter", "speculative_factor")
 _CLASSIFIER_OPTIONS: Final = ("label", "minimize", "form", "top_k", "every")
 _REQUEST_FIELDS: Final = tuple(item.name for item in fields(TermFields) if item.name != "name")
 

@@ -9,6 +9,8 @@ from vllm.logger import init_logger
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import iter_layer_specs
 
+from vllm_marith.plan import lower
+
 from ..constituents.memory import MAX_WASTE, Blocks
 from ..settings import Settings
 
@@ -42,8 +44,11 @@ def report(config: VllmConfig, cache: KVCacheConfig) -> None:
         )
     numbers = {name: i for i, name in enumerate(settings.constituents, 1)}
     length, rows = config.model_config.max_model_len, config.scheduler_config.max_num_seqs
-    for name, formula in settings.load_presets().formulas.items():
-        models = [term.model for term in formula.terms.values() if term.classifier is None]
+    presets = settings.load_presets()
+    for name, formula in presets.formulas.items():
+        speculation = settings.speculation(formula, presets.presets[name].speculative, demanded=False)
+        terms = lower(formula).terms + (speculation.drafters if speculation else ())
+        models = [formula.terms[term].model for term in terms]
         members = [0 if model is None else numbers[model] for model in models]
         needed = sum(cdiv(length, sizes[j]) for j in members)
         logger.info(

@@ -6,10 +6,8 @@ hears of the request: what the engine core receives is known to parse, to render
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from vllm.exceptions import VLLMValidationError
@@ -17,14 +15,16 @@ from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.utils.math_utils import cdiv
 
-from vllm_marith.language import Formula, FormulaError, FormulaRequest, Limits, Presets, Term, read_request
-from vllm_marith.plan import Plan, encode, lower
+from vllm_marith.language import Formula, FormulaError, Presets, Term
+from vllm_marith.plan import Plan, encode
 
-from ..classifiers import Card, read_cards
-from ..group import EXPLAIN, KEY, OWN_FORMULA, ClassifierTerm, GroupSpec
+from ..classifiers import read_cards
+from ..group import EXPLAIN, KEY, ClassifierTerm, GroupSpec
 from ..settings import Settings
 from .adapters import Adapters, to_wire
-from .classifiers import check_classifiers, classifier_term
+from .classifiers import classifier_term
+from .compiler import Compiler
+from .drafts import only_where_possible
 from .source import SOURCE
 
 logger = init_logger(__name__)
@@ -42,7 +42,7 @@ class Admitted(NamedTuple):
         formula: what it serves.
         member_of: term -> member of the group.
         adapter: what the leader runs with.
-        explain: whether the request itself asks for an explanation of its tokens.
+        explain: whether an explanation of its tokens is asked for.
     """
 
     leader: list[int]
@@ -59,12 +59,10 @@ class Admission:
     def __init__(self, renderer: Any) -> None:
         self.renderer = renderer
         self.config = renderer.config
-        settings = Settings.of(self.config)
+        self.settings = settings = Settings.of(self.config)
         self.limits = settings.limits
         self.cards = read_cards(settings.classifiers)
-        self.max_classifier_texts = settings.max_classifier_texts
         self.adapters = Adapters(self.config)
-        self.constituents = tuple(settings.constituents)
         self.block_sizes = settings.block_sizes
         self.use(settings.load_presets())
 
@@ -75,9 +73,7 @@ class Admission:
 
     def use(self, presets: Presets) -> None:
         """Puts other presets in force, all at once; requests that were admitted keep their formula."""
-        self._compiler = _Compiler(
-            presets, self.limits, self.cards, self.max_classifier_texts, self.constituents
-        )
+        self._compiler = Compiler(presets, self.settings, self.cards)
 
     def admit(
         self,
@@ -86,6 +82,8 @@ class Admission:
         max_tokens: int | None,
         adapter: LoRARequest | None = None,
         scored: bool = False,
+        seeded: bool = False,
+        explained: bool = False,
     ) -> Admitted:
         """The leader and the group of a rendered request.
 
@@ -97,27 +95,36 @@ class Admission:
             max_tokens: tokens that the client asked for, None when it left that open.
             adapter: the request's own, which terms without one run with.
             scored: the client asked for log-probabilities of its prompt.
+            seeded: the client gave a seed.
+            explained: the client asked for an explanation of its tokens other than in `value`.
 
         Raises:
             VLLMValidationError: HTTP 400, with a sentence.
         """
+        asked = (value, adapter, scored, seeded)
         remembered = engine_input.get(_ADMITTED)
-        if remembered is not None and remembered[0] == (value, adapter, scored):
+        if remembered is not None and remembered[0] == asked and remembered[1].explain >= explained:
             return remembered[1]
-        admitted = self._admit(engine_input, value, max_tokens, adapter, scored)
-        engine_input[_ADMITTED] = ((value, adapter, scored), admitted)
+        admitted = self._admit(engine_input, *asked, max_tokens, explained)
+        engine_input[_ADMITTED] = (asked, admitted)
         return admitted
 
     def _admit(
         self,
         engine_input: MutableMapping[str, Any],
         value: Any,
-        max_tokens: int | None,
         adapter: LoRARequest | None,
         scored: bool,
+        seeded: bool,
+        max_tokens: int | None,
+        explained: bool,
     ) -> Admitted:
         try:
-            asked, plan, label = self._compiler(value)
+            asked, plan, label, drafts = self._compiler(value)
+            explained |= asked.explain
+            drafts = only_where_possible(drafts, asked, scored=scored, explained=explained, seeded=seeded)
+            if drafts:
+                plan = drafts.plan
             terms = {name: asked.formula.terms[name] for name in plan.terms}
             runs_on = self.adapters.of_terms(terms, adapter)
         except FormulaError as error:
@@ -126,7 +133,6 @@ class Admission:
             refuse("formulas take text or token ids: no images, audio or prompt embeddings")
 
         formula = asked.formula
-        terms = {name: formula.terms[name] for name in plan.terms}
         prompts = [self._render(engine_input, name, term, scored) for name, term in terms.items()]
         if scored:
             if self.config.lora_config is not None:
@@ -140,7 +146,8 @@ class Admission:
         member_of = [members.setdefault(key, len(members)) for key in keys]
         constituents = [model for model, _, _ in members]
         (leader, leaders_adapter), *followers = ((list(ids), adapter) for _, adapter, ids in members)
-        self._check_size([len(ids) for _, _, ids in members], constituents, max_tokens)
+        ahead = drafts.lengths[-1] if drafts else 0
+        self._check_size([len(ids) for _, _, ids in members], constituents, max_tokens, ahead)
         constraints = asked.constraints.to_dict() if asked.constraints else None
         if constraints and self.config.model_config.skip_tokenizer_init:
             refuse("constraints are on text, and this server has no tokenizer")
@@ -155,9 +162,10 @@ class Admission:
             constraints=constraints,
             adapters=[to_wire(adapter) for _, adapter in followers],
             constituents=constituents if any(constituents) else [],
+            **(drafts.of_group(member_of) if drafts else {}),
         )
         of_term = dict(zip(plan.terms, member_of, strict=True))
-        return Admitted(leader, spec, formula, of_term, leaders_adapter, asked.explain)
+        return Admitted(leader, spec, formula, of_term, leaders_adapter, explained)
 
     def _render(
         self, engine_input: MutableMapping[str, Any], name: str, term: Term, scored: bool
@@ -190,7 +198,9 @@ class Admission:
             refuse(f"term '{name}': {error}")
         return classifier_term(name, term, self.cards[term.classifier], prefix)
 
-    def _check_size(self, lengths: list[int], constituents: list[int], max_tokens: int | None) -> None:
+    def _check_size(
+        self, lengths: list[int], constituents: list[int], max_tokens: int | None, ahead: int
+    ) -> None:
         """Refuses a group that this engine could never hold."""
         config = self.config
         rows = config.scheduler_config.max_num_seqs
@@ -208,7 +218,7 @@ class Admission:
         total, limit = sum(lengths), self.limits.max_prompt_tokens
         if limit is not None and total > limit:
             refuse(f"the terms' prompts have {total} tokens together; this server accepts {limit}", "size")
-        room = self.room(lengths, constituents)
+        room = self.room(lengths, constituents, ahead)
         wanted = 1 if max_tokens is None else min(max_tokens, context - max(lengths))
         if room is not None and room < wanted:
             fit = f"at most {room}" if room > 0 else "none"
@@ -218,9 +228,9 @@ class Admission:
                 "size",
             )
 
-    def room(self, lengths: list[int], constituents: list[int]) -> int | None:
+    def room(self, lengths: list[int], constituents: list[int], ahead: int) -> int | None:
         """Tokens that a group of these prompt lengths, on these constituents, can generate in the whole KV
-        cache."""
+        cache when it drafts so many ahead."""
         cache, parallel = self.config.cache_config, self.config.parallel_config
         if not cache.num_gpu_blocks:
             return None
@@ -229,7 +239,8 @@ class Admission:
         sizes = [self.block_sizes[j] if self.block_sizes else cache.block_size for j in constituents]
 
         def needed(num_generated: int) -> int:
-            return sum(cdiv(n + num_generated, size) for n, size in zip(lengths, sizes, strict=True))
+            tokens = num_generated + ahead
+            return sum(cdiv(n + tokens, size) for n, size in zip(lengths, sizes, strict=True))
 
         low, high = 0, self.config.model_config.max_model_len
         while low < high:
@@ -262,7 +273,15 @@ class Admission:
             if refused:
                 refuse(f"{what} cannot be combined with a formula")
         scored = params.prompt_logprobs is not None
-        admitted = self.admit(engine_input, params.extra_args[KEY], max_tokens, request.lora_request, scored)
+        admitted = self.admit(
+            engine_input,
+            params.extra_args[KEY],
+            max_tokens,
+            request.lora_request,
+            scored,
+            seeded=params.seed is not None,
+            explained=EXPLAIN in engine_input,
+        )
         leader, spec = admitted.leader, admitted.spec
         if spec.constraints and params.structured_outputs is not None:
             refuse_grammar()
@@ -270,7 +289,7 @@ class Admission:
             refuse("only the server's completions and chat explain their tokens")
         lengths = [len(leader), *map(len, spec.prompts)]
         limits = [params.max_tokens, self.config.model_config.max_model_len - max(lengths)]
-        room = self.room(lengths, spec.members)
+        room = self.room(lengths, spec.members, max(spec.draft_lengths, default=0))
         params.max_tokens = min([*limits, room] if room is not None else limits)
         spec = replace(spec, explain=engine_input.get(EXPLAIN, ""))
         params.extra_args = {**params.extra_args, KEY: spec.to_wire()}
@@ -307,48 +326,6 @@ def admission_of(renderer: Any) -> Admission:
     if found is None:
         found = renderer.marith_admission = Admission(renderer)
     return found
-
-
-class _Compiler:
-    """Requests with one set of presets: their text -> (what it asks for, plan, label of its figures)."""
-
-    def __init__(
-        self,
-        presets: Presets,
-        limits: Limits,
-        cards: Mapping[str, Card],
-        max_classifier_texts: int,
-        constituents: Collection[str],
-    ) -> None:
-        self.presets = presets
-        self.limits = limits
-        self.cards = cards
-        self.max_classifier_texts = max_classifier_texts
-        self.constituents = constituents
-        self._remembered = lru_cache(maxsize=1024)(self._compile)
-
-    def __call__(self, value: Any) -> tuple[FormulaRequest, Plan, str]:
-        """Raises `FormulaError`."""
-        return self._remembered(value) if isinstance(value, str) else self._compile(value)
-
-    def _compile(self, value: Any) -> tuple[FormulaRequest, Plan, str]:
-        asked = read_request(value, presets=self.presets, limits=self.limits)
-        for name, term in asked.formula.terms.items():
-            if term.model is not None and term.model not in self.constituents:
-                known = ", ".join(self.constituents) or "none"
-                raise FormulaError(
-                    f"term '{name}': beside its base model this server has no model '{term.model}'; "
-                    f"its constituents are: {known}"
-                )
-        plan = lower(asked.formula)
-        check_classifiers(plan.classifiers, asked.formula.terms, self.cards, self.max_classifier_texts)
-        return asked, plan, self._label(value)
-
-    def _label(self, value: str) -> str:
-        """The preset's name where the formula is one preset: labels of metrics must be few."""
-        text = json.loads(value)["formula"] if value.lstrip().startswith("{") else value
-        name = text.strip(" \t\r\n()")
-        return name if name in self.presets.presets else OWN_FORMULA
 
 
 class RefusedError(VLLMValidationError):

@@ -115,18 +115,20 @@ def _admit_before_response(preprocess: Any) -> Any:
         scored = getattr(request, "prompt_logprobs", None) is not None or (
             bool(getattr(request, "echo", False)) and bool(getattr(request, "logprobs", None))
         )
+        seeded = getattr(request, "seed", None) is not None
         admission = admission_of(self.renderer)
         adapter = admission.adapters.known.get(getattr(request, "model", None) or "")
         for engine_input in engine_inputs:
             # Rendering many terms takes a while; the event loop serves the others meanwhile.
+            admit = functools.partial(admission.admit, seeded=seeded, explained=explain)
             admitted = await asyncio.get_running_loop().run_in_executor(
-                self.renderer._executor, admission.admit, engine_input, value, max_tokens, adapter, scored
+                self.renderer._executor, admit, engine_input, value, max_tokens, adapter, scored
             )
             if admitted.spec.constraints and _has_grammar(request):
                 refuse_grammar()
             if account is not None:
                 account.add([len(admitted.leader), *map(len, admitted.spec.prompts)])
-            if explain or admitted.explain:
+            if admitted.explain:
                 asking = _check_explainable(request, engine_inputs, account)
                 if admitted.spec.constraints:
                     refuse(

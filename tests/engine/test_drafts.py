@@ -1,0 +1,247 @@
+"""What admission makes of `speculative`: who drafts, who becomes a member, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_marith import Formula, PresetError
+from vllm_marith.engine.frontend.admission import Admission, RefusedError
+from vllm_marith.engine.frontend.source import SOURCE
+from vllm_marith.engine.group import GroupSpec, MemberTag, member_tags
+from vllm_marith.engine.settings import Settings
+from vllm_marith.plan import decode, lower
+
+CONSTITUENTS = {"small": "somewhere", "big": "somewhere else"}
+TERMS = {
+    "small": {"model": "small"},
+    "big": {"model": "big", "speculative_factor": 5},
+    "warm": {"system": "warm", "model": "big", "speculative_factor": 9},
+    "late": {"system": "late", "speculative_factor": 4},
+    "ngram": {"model": "ngram"},
+    "judge": {"classifier": "judge"},
+}
+DRAFTED = "superseded(small, big)"
+
+
+class Source:
+    """A prompt of which every term has its own: one token for its system message, then the request's."""
+
+    def render(self, renderer: Any, term: Any, kept: Any) -> list[int]:
+        return [100 + len(term.system), 7]
+
+
+def admission(**settings: Any) -> Admission:
+    config = SimpleNamespace(
+        additional_config={"marith": {"constituents": CONSTITUENTS, **settings}},
+        lora_config=None,
+        model_config=SimpleNamespace(max_model_len=64, skip_tokenizer_init=False),
+        scheduler_config=SimpleNamespace(max_num_seqs=8),
+        cache_config=SimpleNamespace(num_gpu_blocks=9, block_size=16),
+        parallel_config=SimpleNamespace(data_parallel_size=1),
+    )
+    return Admission(SimpleNamespace(config=config))
+
+
+def spec_of(formula: str, asked: Any = None, settings: Any = None, *, extra: Any = None, **how: Any) -> Any:
+    """The group of a request, through the wire.  Without settings the server can speculate."""
+    value = {"formula": formula, "terms": {k: v for k, v in TERMS.items() if k in formula}}
+    value |= {} if asked is None else {"speculative": asked}
+    engine_input = {"type": "token", "prompt_token_ids": [1, 7], SOURCE: Source()}
+    found = admission(**({"speculative": "off"} if settings is None else settings))
+    admitted = found.admit(engine_input, json.dumps(value | (extra or {})), 4, **how)
+    return GroupSpec.from_wire(json.loads(json.dumps(admitted.spec.to_wire())))
+
+
+def drafting(spec: Any) -> tuple[str, list[int], bool]:
+    return spec.drafter, spec.draft_lengths, spec.adaptive
+
+
+def test_what_drafts_becomes_a_member():
+    spec = spec_of(DRAFTED, 3)
+    assert drafting(spec) == ("formula", [3], False)
+    assert (spec.size, spec.constituents) == (2, [2, 1])
+    assert [decode(text).stages[-1].instructions for text in (spec.routine, *spec.drafts)] == [
+        (("push", 0, 1.0),),
+        (("push", 1, 1.0),),
+    ]
+    assert {decode(text).terms for text in (spec.routine, *spec.drafts)} == {2}
+
+
+def test_levels_and_their_lengths():
+    spec = spec_of(f"{DRAFTED} + 0.5*warm", 7)
+    assert (spec.drafter, spec.draft_lengths, len(spec.drafts)) == ("formula", [4, 7], 2)
+    assert (spec.size, spec.constituents) == (3, [2, 2, 1])
+
+
+def test_an_ngram_is_no_member():
+    spec = spec_of("superseded(ngram, base)", 3)
+    assert drafting(spec) == ("ngram", [3], False)
+    assert (spec.size, spec.drafts) == (1, [])
+    assert drafting(spec_of("superseded(ngram, base)", "auto")) == ("ngram", [8], True)
+
+
+def test_the_leaders_tag_carries_it_all():
+    spec = spec_of(DRAFTED, 3)
+    leader, follower = (MemberTag.from_wire(tag.to_wire()) for tag in member_tags("g", spec, 2))
+    assert (leader.drafter, leader.draft_lengths, leader.drafts) == ("formula", [3], spec.drafts)
+    assert (follower.drafter, follower.drafts) == ("", [])
+    assert member_tags("g", spec_of(DRAFTED, "auto"), 2)[0].adaptive
+
+
+OFF = ("", [], False)
+
+
+@pytest.mark.parametrize(
+    ("formula", "asked", "settings", "expected"),
+    [
+        (DRAFTED, None, {}, OFF),
+        (DRAFTED, "auto", {}, OFF),
+        (DRAFTED, 0, {}, OFF),
+        (DRAFTED, None, {"max_speculative_tokens": 8}, OFF),
+        (DRAFTED, 2, {"max_speculative_tokens": 8}, ("formula", [2], False)),
+        (DRAFTED, "auto", {"max_speculative_tokens": 8}, ("formula", [4], True)),
+        (DRAFTED, "auto", {"max_speculative_tokens": 3}, ("formula", [3], True)),
+        (DRAFTED, None, {"speculative": "auto"}, ("formula", [4], True)),
+        (DRAFTED, "off", {"speculative": "auto"}, OFF),
+        (DRAFTED, 0, {"speculative": "auto"}, OFF),
+        (DRAFTED, None, {"speculative": 2}, ("formula", [2], False)),
+        (DRAFTED, "auto", {"speculative": 2}, ("formula", [4], True)),
+        # A server's number of tokens is no word of the client's.
+        ("base", None, {"speculative": 2}, OFF),
+        # One base model: its weights are read once for all terms as it is.
+        ("base + 0.5*late", "auto", {"speculative": "off"}, OFF),
+        ("base + 0.5*late", 2, {"speculative": "off"}, ("formula", [2], False)),
+        ("base + 0.5*late", None, {"speculative": 2}, ("formula", [2], False)),
+        ("2*big - small", "auto", {"speculative": "off"}, OFF),  # -small alone is no distribution
+    ],
+)
+def test_who_decides(formula, asked, settings, expected):
+    found = spec_of(formula, asked, settings)
+    assert drafting(found) == expected
+    only_drafts = formula == DRAFTED and expected != OFF
+    assert found.size == len(lower(Formula.parse(formula)).terms) + only_drafts
+
+
+@pytest.mark.parametrize(
+    ("formula", "asked", "settings", "sentence"),
+    [
+        (DRAFTED, 2, {}, "'speculative' is 2, but this server was started without speculation"),
+        (DRAFTED, 9, None, "'speculative' is 9, but this server drafts at most 8 tokens at a time"),
+        ("base", 2, None, "'speculative' is 2, but no term has a 'speculative_factor' above 1"),
+        ("2*late - base", 2, None, "-base, makes no distribution: the weights of the formula sum to -1"),
+        (DRAFTED, -1, None, '\'speculative\' must be "auto", "off" or the number of tokens to draft'),
+        (DRAFTED, True, None, "'speculative' must be .*, not true"),
+        (DRAFTED, "on", None, "'speculative' must be .*, not 'on'"),
+        (DRAFTED, 2.5, None, "'speculative' must be .*, not the number 2.5"),
+    ],
+)
+def test_refusals(formula, asked, settings, sentence):
+    with pytest.raises(RefusedError, match=sentence):
+        spec_of(formula, asked, settings)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ({"extra": {"constraints": {"forbid": ["damn"]}}}, "constraints"),
+        ({"extra": {"explain": True}}, "an explanation of the tokens"),
+        ({"explained": True}, "an explanation of the tokens"),
+    ],
+)
+def test_what_drafts_do_not_go_with(how, what):
+    assert drafting(spec_of(DRAFTED, "auto", **how)) == OFF
+    assert spec_of(DRAFTED, "auto", **how).size == 1
+    assert drafting(spec_of(DRAFTED, None, {"speculative": 3}, **how)) == OFF
+    with pytest.raises(RefusedError, match=f"'speculative' is 3, which cannot be combined with {what}"):
+        spec_of(DRAFTED, 3, **how)
+
+
+def test_scores_and_drafts():
+    formula = "base + 0.5*late"
+    with pytest.raises(RefusedError, match="cannot be combined with log-probabilities of the prompt"):
+        spec_of(formula, 3, scored=True)
+    assert drafting(spec_of(formula, None, {"speculative": 3}, scored=True)) == OFF
+
+
+def test_an_answer_to_a_seed_does_not_depend_on_the_machines_speed():
+    assert drafting(spec_of(DRAFTED, "auto", seeded=True)) == OFF
+    assert drafting(spec_of(DRAFTED, 3, seeded=True)) == ("formula", [3], False)
+    assert drafting(spec_of(DRAFTED, None, {"speculative": 3}, seeded=True)) == ("formula", [3], False)
+
+
+def test_a_request_is_admitted_once():
+    """The server asks, and the engine asks again: with an explanation no drafts, whoever wants it."""
+    found = admission(speculative="auto")
+    engine_input = {"type": "token", "prompt_token_ids": [1, 7], SOURCE: Source()}
+    text = json.dumps({"formula": DRAFTED, "terms": {name: TERMS[name] for name in ("small", "big")}})
+    first = found.admit(engine_input, text, 4, explained=True)
+    assert found.admit(engine_input, text, 4, explained=True) is first
+    assert first.spec.drafter == ""
+    other = found.admit(engine_input, text, 4, seeded=True)
+    assert other is not first
+
+
+def test_drafted_tokens_need_room_in_the_kv_cache():
+    found = admission(speculative="off")
+    assert found.room([2, 2], [0, 0], 0) == 62
+    assert found.room([2, 2], [0, 0], 5) == 57
+    assert found.room([20] * 4, [0] * 4, 5) == 7
+
+
+def test_settings():
+    def of(**values: Any) -> Settings:
+        return Settings.of(SimpleNamespace(additional_config={"marith": values}))
+
+    assert not of().speculates
+    assert of(speculative="off").speculates
+    assert of(max_speculative_tokens=4).speculates
+    assert (of().speculative, of().max_speculative_tokens) == ("off", 8)
+    for wrong, sentence in (
+        ({"speculative": "on"}, 'marith.speculative: .*must be "auto", "off" or the number'),
+        ({"speculative": 9}, "speculative is 9, and max_speculative_tokens allows 8"),
+        ({"max_speculative_tokens": 33}, "max_speculative_tokens: input should be less than or equal to 32"),
+        ({"max_speculative_tokens": 0}, "max_speculative_tokens: input should be greater than or equal to 1"),
+        ({"constituents": {"ngram": "x"}}, "the name 'ngram' is taken"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            of(**wrong)
+
+
+def test_a_presets_own_word(tmp_path: Path):
+    (tmp_path / "quick.yaml").write_text(
+        "terms: {big: {model: big}, small: {model: small}}\nformula: superseded(small, big)\nspeculative: 3\n"
+    )
+
+    def drafted(value: str, **settings: Any) -> tuple[str, list[int], bool]:
+        found = admission(presets=str(tmp_path), **settings)
+        engine_input = {"type": "token", "prompt_token_ids": [1, 7], SOURCE: Source()}
+        return drafting(found.admit(engine_input, value, 4).spec)
+
+    assert drafted("quick", speculative="off") == ("formula", [3], False)
+    assert drafted('{"formula": "quick", "speculative": "off"}', speculative="off") == OFF
+    assert drafted('{"formula": "quick", "speculative": 2}', speculative="off") == ("formula", [2], False)
+    assert drafted("2*quick", speculative="off") == OFF
+    # The client did not ask for drafts, so nothing is refused on their account.
+    assert drafted('{"formula": "quick", "explain": true}', speculative="off") == OFF
+    with pytest.raises(
+        PresetError, match="the preset 'quick': 'speculative' is 3, but this server was started"
+    ):
+        admission(presets=str(tmp_path))
+    with pytest.raises(PresetError, match="at most 2 tokens at a time"):
+        admission(presets=str(tmp_path), max_speculative_tokens=2)
+    (tmp_path / "quick.yaml").write_text("formula: base\nspeculative: fast\n")
+    with pytest.raises(PresetError, match=r"quick.yaml:2: 'speculative' must be .* not 'fast'"):
+        admission(presets=str(tmp_path), speculative="off")
+
+
+def test_formulas_say_it_in_python():
+    formula = Formula.parse(DRAFTED, {name: TERMS[name] for name in ("small", "big")})
+    assert json.loads(formula.to_json(speculative=3))["speculative"] == 3
+    assert "speculative" not in json.loads(formula.to_json())
+    carried = formula.sampling_params(speculative="auto").extra_args["marith"]
+    assert json.loads(carried)["speculative"] == "auto"
