@@ -39,7 +39,7 @@ def admission(**settings: Any) -> Admission:
     config = SimpleNamespace(
         additional_config={"marith": {"constituents": CONSTITUENTS, **settings}},
         lora_config=None,
-        model_config=SimpleNamespace(max_model_len=64, skip_tokenizer_init=False),
+        model_config=SimpleNamespace(model="base", max_model_len=64, skip_tokenizer_init=False),
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         cache_config=SimpleNamespace(num_gpu_blocks=9, block_size=16),
         parallel_config=SimpleNamespace(data_parallel_size=1),

@@ -20,7 +20,7 @@ from vllm_marith.language.names import NGRAM, PLAIN_NAME
 from vllm_marith.language.presets import PresetError, Presets
 from vllm_marith.language.request import Limits
 from vllm_marith.language.speculative import Speculative, check_speculative
-from vllm_marith.plan import Speculation, lower, speculate
+from vllm_marith.plan import Speculation, speculate
 
 from .classifiers import ClassifierSettings
 from .group import KEY
@@ -151,9 +151,6 @@ class Settings(BaseModel):
     ) -> Speculation | None:
         """How a request for a formula is drafted here, None for not at all.
 
-        With "auto", formulas whose terms all run on one base model are not: its weights, which a step of a
-        few rows spends its time on, are read once for all terms as it is.
-
         Args:
             asked: what the request or its preset says, None for nothing.
             demanded: to be refused where it cannot be.
@@ -179,8 +176,7 @@ class Settings(BaseModel):
             if demanded:
                 raise FormulaError(f"'speculative' is {asked}, but {found}")
             return None
-        models = {formula.terms[name].model for name in {*lower(formula).terms, *found.drafters}}
-        return None if value == "auto" and len(models) == 1 and not found.ngram else found
+        return found
 
     def load_presets(self) -> Presets:
         """The operator's presets, or none.
