@@ -336,10 +336,6 @@ class TestRefusals:
         )
         assert len(output.outputs[0].token_ids) == 3
 
-    def test_scores_of_a_prompt(self, llm: Any) -> None:
-        said = self.refusal(llm, "base + e", {"e": {"model": "small"}}, prompt_logprobs=1)
-        assert "over several models" in said
-
     def test_another_vocabulary(self, models: tuple[str, dict[str, str]], tmp_path: Path) -> None:
         base, constituents = models
         other = tmp_path / "other"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.support import asynchronous, engines, reference, runners, tiny, workload
+from tests.support import constituents as several
 from vllm_marith import Formula
 
 TOLERANCE = 1e-4
@@ -116,16 +118,39 @@ def test_asynchronously(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         check(answer, expected(tiny_model, *job), job[0])
 
 
-def test_beside_other_base_models(tiny_model: Any, tmp_path: Any) -> None:
-    small = tiny.make(tmp_path / "small", seed=1, hidden=32, layers=1)
-    settings = {"marith": {"constituents": {"small": str(small)}}}
-    asked: list[tuple[list[int], str | None]] = [(ids, formula.to_json()) for ids, formula, _ in jobs()]
+def several_jobs() -> list[tuple[list[int], Formula, dict[str, list[int]]]]:
+    """Some of `jobs`, in which `a` and `b` run on other base models, and a formula on another model alone."""
+    found = []
+    for ids, formula, prompts in (jobs()[i] for i in (2, 5)):
+        asked = json.loads(formula.to_json())
+        for name, term in asked.get("terms", {}).items():
+            if name != "base":
+                term["model"] = {"a": "small", "b": "qwen"}[name]
+        found.append((ids, Formula.parse(asked["formula"], asked.get("terms", {})), prompts))
+    ids = found[0][0]
+    return [*found, (ids, Formula.parse("a", {"a": {"model": "small"}}), {"a": ids})]
+
+
+def test_over_several_base_models(runner: Any, tmp_path: Any) -> None:
+    """Hidden states of three sizes, in chunks beside plain requests and formulas on one model."""
+    base, constituents = several.make(tmp_path)
+    asked_jobs = several_jobs()
+    paths = {"base": base, "a": constituents["small"], "b": constituents["qwen"]}
+    asked: list[tuple[list[int], str | None]] = [(ids, f.to_json()) for ids, f, _ in asked_jobs]
     plain = jobs()[1][0]
-    with engines.engine(tiny_model, max_num_seqs=24, additional_config=settings) as llm:
-        *found, beside = ask(llm, [*asked, (plain, None)])
-    for answer, job in zip(found, jobs(), strict=True):
-        check(answer, expected(tiny_model, *job), job[0])
-    check(beside, expected(tiny_model, plain, Formula.parse("base"), {"base": plain}), plain)
+    options = dict(
+        max_num_seqs=32,
+        max_num_batched_tokens=32,
+        max_model_len=128,
+        additional_config=several.settings(constituents),
+    )
+    with runner.open(base, **options) as call:
+        *found, beside, on_base = call(ask, [*asked, (plain, None), (plain, "base")])
+        call(engines.assert_all_returned)
+    for answer, (ids, formula, prompts) in zip(found, asked_jobs, strict=True):
+        check(answer, reference.scores(paths, formula, prompts, len(ids) - 1), ids)
+    for answer in (beside, on_base):
+        check(answer, expected(base, plain, Formula.parse("base"), {"base": plain}), plain)
 
 
 REFUSED = {

@@ -85,11 +85,11 @@ def next_distribution(model: str, formula: Formula, prompts: Mapping[str, Sequen
 
 
 @torch.inference_mode()
-def scores(model: str, formula: Formula, prompts: Mapping[str, Sequence[int]], count: int) -> torch.Tensor:
+def scores(model: Model, formula: Formula, prompts: Mapping[str, Sequence[int]], count: int) -> torch.Tensor:
     """float64 log-probabilities ``[count, vocab]`` of the last `count` tokens, in which the prompts agree."""
-    network = load(str(model))
+    networks = {name: load(str(model[name] if isinstance(model, Mapping) else model)) for name in prompts}
     logits = {
-        name: network(torch.tensor([list(ids)])).logits[0, len(ids) - 1 - count : len(ids) - 1]
+        name: networks[name](torch.tensor([list(ids)])).logits[0, len(ids) - 1 - count : len(ids) - 1]
         for name, ids in prompts.items()
     }
     return formula.evaluate(logits, dtype=torch.float64)

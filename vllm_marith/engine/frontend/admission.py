@@ -141,8 +141,6 @@ class Admission:
                 # vLLM puts the adapters of the step's sampled rows on the logits of the prompt's.
                 refuse("log-probabilities of the prompt cannot be combined with --enable-lora")
             _check_scored(formula, plan, prompts)
-        if scored and any(model for model, _ in runs_on):
-            refuse("log-probabilities of a prompt cannot be had of a formula over several models yet")
         members: dict[tuple[int, LoRARequest | None, tuple[int, ...]], int] = {}
         keys = [(*where, tuple(ids)) for where, ids in zip(runs_on, prompts, strict=True)]
         member_of = [members.setdefault(key, len(members)) for key in keys]

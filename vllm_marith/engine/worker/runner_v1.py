@@ -22,7 +22,7 @@ from .answers import CONTEXT, Continuation
 from .classifiers.rows import ClassifierRows
 from .constituents.models import Constituents
 from .rows import RowPlan, RowPlans, ban, failing_all
-from .scoring import RAW_LOGITS, PromptScorer, scored_tag
+from .scoring import RAW_LOGITS, PromptScorer, heads_of, scored_tag
 
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
 
@@ -136,12 +136,15 @@ def _with_scores(get_prompt_logprobs_dict: Any) -> Any:
             return get_prompt_logprobs_dict(self, hidden_states, num_scheduled_tokens)
         scorer = self.__dict__.setdefault("marith_scorer", PromptScorer(self.device))
         scorer.forget_all_but(self.requests)
+        model = self.get_model()
         for request_id, tokens in num_scheduled_tokens.items():
             request = self.requests[request_id]
             tag = scored_tag(request.sampling_params.extra_args)
             if tag is not None and tag.group in asked:
-                begin = self.query_start_loc.np[self.input_batch.req_id_to_index[request_id]]
-                part = hidden_states[begin : begin + tokens]
+                row = self.input_batch.req_id_to_index[request_id]
+                begin = self.query_start_loc.np[row]
+                several = isinstance(model, Constituents)
+                part = model.states_of(row) if several else hidden_states[begin : begin + tokens]
                 scorer.keep(request_id, tag, request.num_prompt_tokens, request.num_computed_tokens, part)
         found = get_prompt_logprobs_dict(self, hidden_states, num_scheduled_tokens)
         plans = self.__dict__.get("marith_plans")
@@ -150,7 +153,8 @@ def _with_scores(get_prompt_logprobs_dict: Any) -> Any:
             if group.tag.scored and found.get(leader) is not None:
                 ids = torch.tensor(self.requests[leader].prompt_token_ids[1:], device=self.device)
                 gather = functools.partial(_gather, self, asked[leader])
-                found[leader] = scorer.score(group, self.model.compute_logits, ids, gather)
+                heads = heads_of(model, self.model.compute_logits)
+                found[leader] = scorer.score(group, heads, ids, gather)
         return found
 
     return scored

@@ -38,7 +38,7 @@ from .classifiers.rows import ClassifierRows
 from .constituents.models import Constituents
 from .head import Head, obeys_law
 from .rows import RowPlan, RowPlans, ban, failing_all
-from .scoring import RAW_LOGITS, PromptScorer, scored_tag
+from .scoring import RAW_LOGITS, PromptScorer, heads_of, scored_tag
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -111,7 +111,10 @@ def _with_scores(compute_prompt_logprobs: Any) -> Any:
             length = int(prompt_lengths[input_batch.idx_mapping_np[row]])
             if tag is not None and length == input_batch.prefill_len_np[row]:  # else it was scored before
                 begin = int(input_batch.num_computed_prefill_tokens_np[row])
-                part = hidden_states[starts[row] : starts[row + 1]]
+                several = isinstance(groups.model, Constituents)
+                part = (
+                    groups.model.states_of(row) if several else hidden_states[starts[row] : starts[row + 1]]
+                )
                 scorer.keep(request_id, tag, length, begin, part)
         for group in groups.plans.groups:
             leader = group.ids[0]
@@ -120,7 +123,7 @@ def _with_scores(compute_prompt_logprobs: Any) -> Any:
                 ids = all_token_ids[index, 1 : group.tag.prompt_length].long()
                 asked = int(self.num_prompt_logprobs[index])
                 gather = functools.partial(_gather, self.logprobs_mode in RAW_LOGITS, asked)
-                found[leader] = scorer.score(group, logits_fn, ids, gather)
+                found[leader] = scorer.score(group, heads_of(groups.model, logits_fn), ids, gather)
         return found
 
     return scored
@@ -172,7 +175,7 @@ class FormulaState(ModelState):
         compute_logits = model.compute_logits
         self.owners: dict[str, int] = {}  # request -> its constituent
         combines = _combines(vllm_config, compute_logits, device)
-        self.groups = StepGroups(device, combines, load_classifiers(vllm_config, device))
+        self.groups = StepGroups(device, combines, load_classifiers(vllm_config, device), model)
 
         @functools.wraps(compute_logits)
         def fused(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -227,7 +230,10 @@ class StepGroups:
         device: torch.device,
         combine_hidden_states: bool = False,
         classifiers: ClassifierRows | None = None,
+        model: Any = None,
     ) -> None:
+        """model: the worker's, for whoever needs more of it than its logits."""
+        self.model = model
         self.plans = RowPlans(device, combine_hidden_states, classifiers)
         self.scorer = PromptScorer(device)
         # Request id -> SamplingParams.extra_args, for members of groups only.

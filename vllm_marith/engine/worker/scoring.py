@@ -2,7 +2,7 @@
 
 All members' prompts end with the same tokens x_1 ... x_n, which the leader's prompt is made of but for its
 first token.  The members are computed in chunks that have nothing to do with each other, so the hidden states
-in front of x_1 ... x_n are kept as they come, n rows of the model's width for each member, and never logits.
+in front of x_1 ... x_n are kept as they come, n rows of its model's width for each member, and never logits.
 In the step in which the group samples its first token all of them are there: the head then runs over a few
 positions of all members at a time, and each position is fused like a step of a group of its own.
 
@@ -11,7 +11,7 @@ vLLM computes the leader's plain log-probabilities on its way; ours take their p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import marith_kernels
@@ -19,8 +19,12 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 
 from ..group import KEY, Cause, Failure, MemberTag
+from .constituents.models import Constituents
 from .head import Head
 from .rows import JointGroup, pipeline_of
+
+Heads = Callable[[Sequence[int], Sequence[torch.Tensor]], torch.Tensor | None]
+"""(constituents, hidden states ``[n, size]`` of each) -> logits ``[n of all, vocab]``, in their order."""
 
 Gather = Callable[[torch.Tensor, torch.Tensor], LogprobsTensors]
 """(logits ``[n, vocab]``, tokens ``[n]``) -> candidates, their scores and the tokens' ranks."""
@@ -38,6 +42,7 @@ class PromptScorer:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._hidden: dict[str, torch.Tensor] = {}  # request id -> [n, size]
+        self._constituents: dict[str, int] = {}
         self._failures: dict[str, Failure] = {}
 
     def keep(self, request_id: str, tag: MemberTag, length: int, start: int, hidden: torch.Tensor) -> None:
@@ -52,6 +57,7 @@ class PromptScorer:
         kept = self._hidden.get(request_id)
         if kept is None:
             kept = self._hidden[request_id] = hidden.new_empty(scored, hidden.shape[1])
+            self._constituents[request_id] = tag.constituent
         first = length - 1 - scored  # position whose hidden state gives x_1
         low, high = max(start, first), min(start + len(hidden), length - 1)
         if low < high:
@@ -60,13 +66,13 @@ class PromptScorer:
     def forget_all_but(self, request_ids: Container[str]) -> None:
         """Lets go of requests that ended without having been scored."""
         for request_id in [kept for kept in self._hidden if kept not in request_ids]:
-            del self._hidden[request_id]
+            del self._hidden[request_id], self._constituents[request_id]
 
-    def score(self, group: JointGroup, head: Head, tokens: torch.Tensor, gather: Gather) -> LogprobsTensors:
+    def score(self, group: JointGroup, heads: Heads, tokens: torch.Tensor, gather: Gather) -> LogprobsTensors:
         """The group's scores, whose hidden states are let go.
 
         Args:
-            head: the model's ``compute_logits``, without formulas.
+            heads: the models' ``compute_logits``, without formulas.
             tokens: int64 ``[n]``, x_1 ... x_n on the device.
             gather: the model runner's own way from logits to what a request asked for.
 
@@ -74,13 +80,14 @@ class PromptScorer:
             What `gather` returns for all n positions, on the CPU.
         """
         members = [self._hidden.pop(request_id) for request_id in group.ids]
+        constituents = [self._constituents.pop(request_id) for request_id in group.ids]
         pipeline = pipeline_of(group.tag.routine, ())
         step = max(1, ROWS // len(members))
         found = []
         largest = torch.full((), -torch.inf, device=self.device)
         for begin in range(0, len(tokens), step):
             chunk = tokens[begin : begin + step]
-            logits = head(torch.cat([hidden[begin : begin + step] for hidden in members]))
+            logits = heads(constituents, [hidden[begin : begin + step] for hidden in members])
             assert logits is not None  # ranks that have no logits are never asked for scores
             largest = torch.maximum(largest, logits.amax().float())  # NaN where any logit is
             rows = [range(i, len(members) * len(chunk), len(chunk)) for i in range(len(chunk))]
@@ -103,6 +110,13 @@ class PromptScorer:
         """
         own, self._failures = self._failures, {}
         return failures if not own else own if failures is None else own | dict(failures)
+
+
+def heads_of(model: Any, head: Head) -> Heads:
+    """The heads of a worker's models; head: ``compute_logits`` of the one model, where it is one."""
+    if isinstance(model, Constituents):
+        return model.heads
+    return lambda constituents, hidden: head(torch.cat(list(hidden)))
 
 
 def scored_tag(extra_args: dict[str, Any] | None) -> MemberTag | None:

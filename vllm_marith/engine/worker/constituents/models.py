@@ -5,8 +5,9 @@ its own attention metadata, slots and LM head.  What comes out has the shape of 
 ``[tokens, size]`` and logits ``[rows, vocab]``.
 
 The hidden states of the constituents differ in size and dtype and never meet.  Those of the base model are
-returned; the others' are kept here until the step's logits are asked for, once, and their last rows go
-through their own head.  So the heads do no more work than they would in engines of their own.
+returned; all are kept here until the next step begins.  When the step's logits are asked for, once, each
+constituent's last rows go through its own head, so the heads do no more work than they would in engines of
+their own; `states_of` and `heads` are for whoever scores a prompt's other tokens.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ class Constituents(nn.Module):
         self.router = Router(device)
         sizes = [config.model_config.get_vocab_size() for config in configs]
         self.num_columns, self.num_tokens = sizes[0], min(sizes)
-        # What the last forward pass left for the step's logits.
-        self._pending: tuple[Routing, dict[int, torch.Tensor]] | None = None
+        # What the step's forward pass left, and whether its logits have not been asked for yet.
+        self._step: tuple[Routing, dict[int, torch.Tensor]] | None = None
+        self._pending = False
         registry = vllm_config.compilation_config.static_forward_context
         for j, (names, config) in enumerate(zip(layers, configs, strict=True)):
             backends: dict[type, type] = {}
@@ -114,6 +116,27 @@ class Constituents(nn.Module):
         padded[:, : self.num_tokens] = logits[:, : self.num_tokens]
         return padded
 
+    def heads(self, constituents: Sequence[int], hidden: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Logits ``[rows, vocab]`` of hidden states ``[rows of each, size of each]``, in their order.
+
+        constituents: whose they are.
+        """
+        if len(set(constituents)) == 1:
+            return self.head(constituents[0], torch.cat(list(hidden)))
+        found = [self.head(j, states) for j, states in zip(constituents, hidden, strict=True)]
+        given = [logits for logits in found if logits is not None]
+        if not given:
+            return None
+        dtype = reduce(torch.promote_types, (logits.dtype for logits in given))
+        return torch.cat([logits.to(dtype) for logits in given])
+
+    def states_of(self, row: int) -> torch.Tensor:
+        """Hidden states ``[tokens, size]`` of one row of the step whose forward pass was the last."""
+        assert self._step is not None
+        routing, states = self._step
+        constituent, first, end = routing.place(row)
+        return states[constituent][first:end]
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -122,12 +145,13 @@ class Constituents(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Hidden states ``[tokens, size]`` of the base model; zero for tokens that are not its own.
+        """Hidden states ``[tokens, size]`` of the base model; zero, or anything, for others' tokens.
 
         Outside of a step every constituent runs on every token, one after the other: that is the most memory
         that a step can take.
         """
-        routing, self._pending = self.router.end_step(), None
+        routing, self._step = self.router.end_step(), None
+        self._pending = routing is not None
         if self.adapters is not None:
             self.adapters.begin(routing)
         if routing is None:
@@ -135,41 +159,47 @@ class Constituents(nn.Module):
             return every[0]
         if routing.only is not None:
             slots = self._slots(routing.only)
-            hidden = self.run(routing.only, input_ids, positions, slots)
-            self._pending = routing, {routing.only: hidden}
-            return hidden
-        states = {
-            j: self.run(
-                j,
-                input_ids.index_select(0, share.tokens),
-                positions.index_select(0, share.tokens),
-                self._slots(j).index_select(0, share.tokens),
-            )
-            for j, share in routing.shares.items()
-        }
-        self._pending = routing, states
+            states = {routing.only: self.run(routing.only, input_ids, positions, slots)}
+        else:
+            states = {
+                j: self.run(
+                    j,
+                    input_ids.index_select(0, share.tokens),
+                    positions.index_select(0, share.tokens),
+                    self._slots(j).index_select(0, share.tokens),
+                )
+                for j, share in routing.shares.items()
+            }
+        self._step = routing, states
+        if routing.only == 0:
+            return states[0]
+        base = self.configs[0].model_config
+        size, dtype = base.get_hidden_size(), base.dtype
+        assert isinstance(dtype, torch.dtype)
         if 0 not in states:
-            # Only rows are counted in what nobody reads.
-            return next(iter(states.values())).new_zeros(len(input_ids), 1)
-        hidden = states[0].new_zeros(len(input_ids), states[0].shape[1])
+            # What vLLM makes of it nobody reads; it takes one row's memory.
+            return input_ids.new_zeros(1, size, dtype=dtype).expand(len(input_ids), size)
+        hidden = states[0].new_zeros(len(input_ids), size)
         return hidden.index_copy_(0, routing.shares[0].tokens, states[0])
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits ``[rows, vocab]`` of the last token of each of the step's rows.
 
-        The first call after a step's forward pass is that; any other is for rows of the base model's alone
-        (prompt log-probabilities, which formulas refuse) and takes the hidden states that it is given.
+        The first call after a step's forward pass is that; any other takes the hidden states that it is
+        given for the base model's (a plain request's prompt log-probabilities).
         """
-        pending, self._pending = self._pending, None
-        if pending is None:
+        pending, self._pending = self._pending, False
+        if not pending:
             return self.head(0, hidden_states)
-        routing, states = pending
+        assert self._step is not None
+        routing, states = self._step
         if len(hidden_states) != routing.num_rows:
             raise RuntimeError(
                 f"expected one row a request, {routing.num_rows}, found {len(hidden_states)} rows"
             )
         if routing.only is not None:
-            return self.head(routing.only, hidden_states)
+            last = routing.shares[routing.only].last
+            return self.head(routing.only, states[routing.only].index_select(0, last))
         parts = [
             (share.rows, self.head(j, states[j].index_select(0, share.last)))
             for j, share in routing.shares.items()

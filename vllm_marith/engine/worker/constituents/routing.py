@@ -104,6 +104,15 @@ class Routing:
         """The constituent that has all rows, if there is one: then nothing needs to be cut."""
         return next(iter(self.shares)) if len(self.shares) == 1 else None
 
+    def place(self, row: int) -> tuple[int, int, int]:
+        """A row's constituent, and the first and the end of its tokens among that one's."""
+        for j, share in self.shares.items():
+            rows = share.rows_cpu.numpy()
+            found = int(np.searchsorted(rows, row))
+            if found < len(rows) and rows[found] == row:
+                return j, int(share.starts_cpu[found]), int(share.starts_cpu[found + 1])
+        raise IndexError(f"the step has no row {row}")
+
 
 class Router:
     """Where a runner says, before each step, whose rows it has.
