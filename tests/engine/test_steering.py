@@ -213,6 +213,7 @@ def answer_to_chat(llm: Any, messages: Any, formula: Formula, asked: dict[str, A
         ("base + c", {"classifier": "two", "label": 2}, "no class 2; its classes are 0: no, 1: yes"),
         ("base + c", {"classifier": "two", "top_k": 101}, "reads 100 candidates a token at most, not 101"),
         ("base + c + d + e", {"classifier": "two", "top_k": 90}, "would read 273 texts for one token"),
+        ("base + c", {"classifier": "two", "system": "x" * 32768}, "would read 32771 characters in front of"),
         ("base + c", {"classifier": "../two"}, "'classifier' of a term must be a name that the server knows"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
@@ -111,6 +112,16 @@ def test_labels_of_figures_are_presets_or_one_word(presets: Path) -> None:
         ('{"formula": "x", "terms": {"x": {}}}', "custom"),
     ]:
         assert compiler(value)[2] == label, value
+
+
+def test_long_requests_are_not_remembered(presets: Path) -> None:
+    """A client could otherwise fill the server's memory with a thousand of the longest."""
+    from vllm_marith.engine.frontend.admission import Admission
+
+    compiler = Admission(api_server.FakeEngineClient(presets).renderer)._compiler
+    for length, kept in ((10, 1), (1 << 14, 1), (10, 1)):
+        compiler(json.dumps({"formula": "x", "terms": {"x": {"system": length * "y"}}}))
+        assert compiler._remembered.cache_info().currsize == kept
 
 
 def test_a_signal_reloads_and_survives_a_bad_file(presets: Path) -> None:

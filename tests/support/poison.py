@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.support import exactness, tiny
 from tests.support.workload import Job
@@ -31,6 +34,16 @@ def poisoned(llm: Any) -> Iterator[None]:
     finally:
         weights[token()] = kept
         llm.reset_prefix_cache()  # which remembers keys and values of NaN
+
+
+def save(model: Path, path: Path) -> Path:
+    """A copy of a model under `path`, poisoned for good."""
+    shutil.copytree(model, path)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][token()] = torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    return path
 
 
 def generate(llm: Any, jobs: Sequence[Job], asked: dict[str, Any]) -> list[list[exactness.Answer]]:

@@ -25,6 +25,9 @@ Flag = Annotated[bool, Field(strict=True)]
 
 _WHAT: Final = "'constraints'"
 
+MAX_WORD_CHARS: Final = 1 << 14
+"""Characters of all words of a request together: each is a state or more of an automaton in memory."""
+
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Constraints:
@@ -49,6 +52,12 @@ class Constraints:
     window: Annotated[int, Field(ge=1, le=4096, strict=True)] = 256
 
     def __post_init__(self) -> None:
+        characters = sum(map(len, self.forbid))
+        if characters > MAX_WORD_CHARS:
+            raise FormulaError(
+                f"{_WHAT}: the words of 'forbid' have {characters} characters together; {MAX_WORD_CHARS} is "
+                "the most"
+            )
         if not self.forbid and not self.forbid_regex:
             raise FormulaError(f"{_WHAT} forbid nothing; give 'forbid' or 'forbid_regex'")
         self.searches()

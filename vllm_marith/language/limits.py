@@ -29,6 +29,8 @@ class Limits:
         max_depth: nested parentheses and calls.
         max_formula_chars: length of the formula's text.
         max_template_chars: length of one term's `system` or `prompt`.
+        max_classifier_chars: text that one classifier term reads in front of the answer; for each of its
+            candidates, at every token.  Held by admission, which has the request's text.
         max_prompt_tokens: prompt tokens of all terms together, None for no bound of our own (a prompt is
             always bounded by the model's context); held by admission, which is who counts tokens.
     """
@@ -38,6 +40,7 @@ class Limits:
     max_depth: Annotated[int, Field(ge=1, le=MAX_NESTING, strict=True)] = 16
     max_formula_chars: Annotated[int, Field(ge=1, strict=True)] = 4096
     max_template_chars: Annotated[int, Field(ge=1, strict=True)] = 32768
+    max_classifier_chars: Annotated[int, Field(ge=1, strict=True)] = 32768
     max_prompt_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @classmethod

@@ -10,6 +10,9 @@ from vllm_marith.language.names import NGRAM, PLAIN_NAME, check_term_name
 from vllm_marith.language.nodes import Leaf
 from vllm_marith.language.validation import describe, is_text
 
+MAX_INPUTS: Final = 16
+"""How often a template may repeat the input: so many times what the client sent is the longest prompt."""
+
 
 @dataclass(frozen=True)
 class TermFields:
@@ -58,6 +61,9 @@ class TermFields:
                 raise FormulaError(f"'{text}' of a term must be a string, not a {type(value).__name__}")
             if value is not None and not is_text(value):
                 raise FormulaError(f"'{text}' of a term has half of a surrogate pair, which is no character")
+        uses = 0 if self.prompt is None else self.prompt.count("{input}")
+        if uses > MAX_INPUTS:
+            raise FormulaError(f"'prompt' of a term has {{input}} {uses} times; {MAX_INPUTS} is the most")
         if self.system is not None and self.prompt is not None:
             raise FormulaError("a term has either 'system' or 'prompt', not both")
         for reference in ("model", "adapter", "classifier"):

@@ -206,6 +206,13 @@ class Admission:
             prefix = source.text(self.renderer, term)
         except ValueError as error:
             refuse(f"term '{name}': {error}")
+        limit = self.limits.max_classifier_chars
+        if len(prefix) > limit:
+            refuse(
+                f"term '{name}': its classifier would read {len(prefix)} characters in front of the answer; "
+                f"this server accepts {limit}",
+                "size",
+            )
         return classifier_term(name, term, self.cards[term.classifier], prefix)
 
     def _check_size(

@@ -18,6 +18,10 @@ from .classifiers import check_classifiers
 from .drafts import Drafts
 
 
+_REMEMBERED_CHARS = 1 << 14
+"""Requests longer than this are read anew each time: what clients make us remember stays a few megabytes."""
+
+
 class Compiled(NamedTuple):
     """What the text of a request comes to.
 
@@ -45,7 +49,8 @@ class Compiler:
 
     def __call__(self, value: Any) -> Compiled:
         """Raises `FormulaError`."""
-        return self._remembered(value) if isinstance(value, str) else self._compile(value)
+        short = isinstance(value, str) and len(value) <= _REMEMBERED_CHARS
+        return self._remembered(value) if short else self._compile(value)
 
     def _compile(self, value: Any) -> Compiled:
         asked = read_request(value, presets=self.presets, limits=self.settings.limits)

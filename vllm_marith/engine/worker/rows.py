@@ -338,13 +338,14 @@ def _joint_groups(
     return groups, broken
 
 
-# Requests repeat a handful of formulas; reading one costs more than finding it again.
-@lru_cache(maxsize=4096)
+# Requests repeat a handful of formulas; reading one costs more than finding it again.  Clients choose them:
+# what is remembered is 100 KB each at most.
+@lru_cache(maxsize=1024)
 def _routine(text: str) -> Routine:
     return decode(text)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def pipeline_of(text: str, dials: tuple[float, ...]) -> marith_kernels.Pipeline:
     """What the kernels run for a routine (`vllm_marith.plan.encode`) at its dials' values."""
     routine = _routine(text)
