@@ -3,11 +3,13 @@
 # test   everything that CI runs
 # lint   ruff and mypy
 # bench  cost and throughput of formulas, and of the kernels alone, measured here
+# fuzz   hostile requests by the hundred thousand (FUZZ_ARGS)
+# soak   a server under mixed load, aborts and preemption, every answer checked (SOAK_ARGS)
 # check-vllm  the ledger of touched vLLM symbols against VLLM, wheels or the word `installed`
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup demo test lint bench check-vllm
+.PHONY: setup demo test lint bench fuzz soak check-vllm
 
 setup:
 	@scripts/setup
@@ -26,6 +28,13 @@ lint: setup
 bench: setup
 	@.venv/bin/marith bench $(BENCH_ARGS)
 	@$(PYTHON) scripts/bench_kernels.py
+
+FUZZ_ARGS ?= --guided 300000
+fuzz: setup
+	@$(PYTHON) scripts/fuzz.py $(FUZZ_ARGS)
+
+soak: setup
+	@$(PYTHON) scripts/soak.py $(SOAK_ARGS)
 
 VLLM ?= installed
 check-vllm: setup

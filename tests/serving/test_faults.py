@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -37,10 +36,9 @@ class Faulty:
     presets: Path
     log: Path
 
-    def client(self, retries: int = 0) -> openai.OpenAI:
-        return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=retries, timeout=WAIT_SECONDS
-        )
+    def client(self) -> openai.OpenAI:
+        url = f"{self.url}/v1"
+        return openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=WAIT_SECONDS)
 
     def complete(self, formula: str | None = None, model: str = "tiny", **more: Any) -> str:
         """The greedy answer to `TEXT`."""
@@ -137,8 +135,9 @@ def test_a_client_that_does_not_read(faulty: Faulty) -> None:
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         slow.connect((place.hostname, place.port))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(sent)}"
-        slow.sendall(f"{head}\r\nConnection: close\r\n\r\n{sent}".encode())
+        head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+        head += [f"Content-Length: {len(sent)}", "Connection: close", "", sent]
+        slow.sendall("\r\n".join(head).encode())
         for _ in range(3):
             assert faulty.complete("base - 0.5*child", max_tokens=200) == wanted
         slow.settimeout(WAIT_SECONDS)
@@ -161,7 +160,7 @@ def test_a_killed_worker_ends_every_answer_and_the_server(faulty: Faulty) -> Non
             started.append(next(iter(answer)))
             for _ in answer:
                 pass
-        except (openai.APIError, Exception) as error:
+        except Exception as error:  # a connection may break anywhere
             return type(error).__name__
         return "complete"
 
@@ -184,4 +183,4 @@ def test_the_log_knows_no_secret(faulty: Faulty) -> None:
     assert "marith: request" in log
     assert SECRET not in log
     assert TEXT not in log
-    assert subprocess.run(["grep", "-c", "EngineDeadError", faulty.log], capture_output=True).returncode == 0
+    assert "EngineDeadError" in log
