@@ -4,9 +4,10 @@
 
 Formulas of two to six terms and plain requests, streamed or whole, of random priorities; some are abandoned
 on the way, some are nonsense, and the KV cache is so small that groups are preempted all the time.  Before
-and after, plain requests run by themselves, for their latency.  Then the engine is killed under load.  Prints one
-JSON line; exits with 1 where an answer differed, something was left behind, memory grew, or a process looked
-for another machine.
+and after, plain requests run by themselves, for their latency.  Then the engine is killed under load.
+
+Prints one JSON line; exits with 1 where an answer differed, something was left behind, memory grew, or a
+process looked for another machine.
 """
 
 from __future__ import annotations

@@ -220,6 +220,7 @@ _REQUEST = st.fixed_dictionaries(
         "normalize": st.one_of(st.sampled_from(["sum", "none"]), _JSON),
         "constraints": _CONSTRAINTS,
         "explain": st.one_of(st.booleans(), _JSON),
+        "speculative": st.one_of(st.booleans(), st.integers(-1, 9), _JSON),
         "eval": _JSON,
     },
 )

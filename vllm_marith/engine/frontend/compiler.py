@@ -17,7 +17,6 @@ from ..settings import Settings
 from .classifiers import check_classifiers
 from .drafts import Drafts
 
-
 _REMEMBERED_CHARS = 1 << 14
 """Requests longer than this are read anew each time: what clients make us remember stays a few megabytes."""
 
