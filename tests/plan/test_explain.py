@@ -78,6 +78,31 @@ def test_unnormalized():
     assert "                -1  adult" in text
 
 
+def test_drafts():
+    terms = {
+        "big": {"model": "big", "speculative_factor": 3},
+        "warm": {"system": "warm", "model": "big", "speculative_factor": 9},
+        "recent": {"model": "ngram"},
+    }
+
+    def lines(text):
+        return [line for line in Formula.parse(text, terms).explain().splitlines() if not line.isspace()]
+
+    explained = lines("superseded(small, big) + 0.5*warm")
+    assert "           small  the request as it is  (only drafts)" in explained
+    assert "forward    2 rows a token, one for each term" in explained
+    first = explained.index("drafts     2 tokens of small, tested by big")
+    assert explained[first + 1] == "           8 tokens of big, tested by the formula"
+    explained = lines("superseded(recent, big)")
+    assert "           recent  model ngram  (only drafts)" in explained
+    assert "drafts     2 tokens of n-grams, tested by the formula" in explained
+    assert any(
+        line.startswith("drafts     none: what runs for every token, -small, makes no distribution")
+        for line in lines("2*big - small")
+    )
+    assert not any(line.startswith("drafts") for line in lines("small"))
+
+
 @given(operator_formulas)
 def test_every_formula_can_be_explained(formula):
     lines = formula.explain().splitlines()

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 
 from vllm_marith.language.algebra import parts, simplify
 from vllm_marith.language.expression import Formula, Term
-from vllm_marith.language.nodes import Number
+from vllm_marith.language.names import NGRAM
+from vllm_marith.language.nodes import Number, Superseded, walk
 from vllm_marith.language.text import dial_text, format_number, to_text
 from vllm_marith.plan.lowering import lower
 from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Plan, Stage
+from vllm_marith.plan.speculation import Speculation, speculate
 
 _LABEL = 11  # width of the left column
 _PROMPT = 60  # characters of a prompt that are shown
@@ -17,17 +19,19 @@ _KL_OPTIONS = ("divergence", "include_max", "minimize", "top_k")
 
 
 def explain(formula: Formula) -> str:
-    """The formula's normalised weights, its terms and the program that runs them.
+    """The formula's normalised weights, its terms, what drafts, and the program that runs them.
 
     Raises:
         FormulaError: the formula defines no distribution.
     """
     plan = lower(formula)
+    speculation = speculate(formula)
     lines = [
         _line("formula", str(formula)),
         _line("normalize", _normalization(formula, plan)),
         *_table("weights", _weights(formula, plan)),
-        *_table("terms", _terms(formula, plan)),
+        *_table("terms", _terms(formula, plan, speculation)),
+        *_table("drafts", _drafts(formula, speculation)),
         _line("forward", _count(plan)),
         _line("fusion", _fusion(plan.stages)),
     ]
@@ -57,18 +61,35 @@ def _weights(formula: Formula, plan: Plan) -> Iterator[str]:
             yield f"{weight / total:>10.6g}"
 
 
-def _terms(formula: Formula, plan: Plan) -> Iterator[str]:
+def _terms(formula: Formula, plan: Plan, speculation: Speculation | str) -> Iterator[str]:
     width = max(len(name) for name in formula.terms)
     read = {row for stage in plan.stages for _, row, _ in stage.instructions}
     read |= {row for stage in plan.stages for row in stage.sources}
     for name, term in formula.terms.items():
         notes = ["leader"] if name == formula.leader else []
-        if name not in plan.terms + plan.classifiers:
+        if term.model == NGRAM or (isinstance(speculation, Speculation) and name in speculation.drafters):
+            notes.append("only drafts")
+        elif name not in plan.terms + plan.classifiers:
             notes.append("not run: it only drafts, or its weights cancel")
         elif name in plan.terms and plan.terms.index(name) not in read:
             notes.append("weight 0")
         told = f"  ({', '.join(notes)})" if notes else ""
         yield f"{name:<{width}}  {_term(term)}{told}"
+
+
+def _drafts(formula: Formula, speculation: Speculation | str) -> Iterator[str]:
+    """Nothing for formulas that say nothing of drafts."""
+    if isinstance(speculation, str):
+        if any(isinstance(node, Superseded) for node in walk(formula.root)) or any(
+            term.speculative_factor > 1 for term in formula.terms.values()
+        ):
+            yield f"none: {speculation}"
+        return
+    proposals = ["n-grams"] if speculation.ngram else []
+    proposals += [str(level.formula) for level in speculation.levels]
+    testers = [*proposals[1:], "the formula"]
+    for proposal, length, tester in zip(proposals, speculation.lengths, testers, strict=True):
+        yield f"{length} token{'s' if length > 1 else ''} of {proposal}, tested by {tester}"
 
 
 def _term(term: Term) -> str:

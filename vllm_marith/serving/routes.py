@@ -158,6 +158,7 @@ def _listing(presets: Presets) -> dict[str, Any]:
                 "terms": {name: term.to_dict() for name, term in preset.formula.terms.items()},
                 "description": preset.description,
                 "paper": preset.paper,
+                "speculative": preset.speculative,
             }
             for preset in presets.presets.values()
         ],
