@@ -2,7 +2,7 @@
 
 from vllm_marith.plan.lowering import lower
 from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Instruction, Plan, Stage
-from vllm_marith.plan.speculation import Level, Speculation, best_length, partial, speculate
+from vllm_marith.plan.speculation import Level, Speculation, best_length, cost_of_a_token, partial, speculate
 from vllm_marith.plan.wire import Routine, decode, encode
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Speculation",
     "Stage",
     "best_length",
+    "cost_of_a_token",
     "decode",
     "encode",
     "lower",

@@ -272,10 +272,10 @@ def _listed(names: Collection[str]) -> str:
     return ", ".join(f"'{name}'" for name in sorted(names))
 
 
-def best_length(
-    acceptance: float, draft_cost: float, check_cost: Callable[[int], float], longest: int
-) -> int:
-    """The K in 0 .. longest at which a token costs least; the smallest of several.  0 is no drafting.
+def cost_of_a_token(
+    acceptance: float, draft_cost: float, check_cost: Callable[[int], float], length: int
+) -> float:
+    """What a token costs on average in rounds of `length` drafted tokens.
 
     A round of K drafted tokens, each of which is kept with probability a if all before it were, costs
     K F + C(K) and gives 1 + a + ... + a^K = (1 - a^(K+1)) / (1 - a) tokens on average.  So a token costs
@@ -289,11 +289,17 @@ def best_length(
         acceptance: a, in [0, 1].
         draft_cost: F, of drafting one token.
         check_cost: C, of one step of all terms that tests so many drafted tokens; C(0) is a plain step.
-        longest: the largest K.
+        length: K.
     """
+    tokens = sum(acceptance**n for n in range(length + 1))
+    return (length * draft_cost + check_cost(length)) / tokens
 
-    def per_token(length: int) -> float:
-        tokens = sum(acceptance**n for n in range(length + 1))
-        return (length * draft_cost + check_cost(length)) / tokens
 
-    return min(range(longest + 1), key=per_token)
+def best_length(
+    acceptance: float, draft_cost: float, check_cost: Callable[[int], float], longest: int
+) -> int:
+    """The K in 0 .. longest at which a token costs least (`cost_of_a_token`); the smallest of several."""
+    return min(
+        range(longest + 1),
+        key=lambda length: cost_of_a_token(acceptance, draft_cost, check_cost, length),
+    )
