@@ -175,15 +175,19 @@ def test_an_answer_to_a_seed_does_not_depend_on_the_machines_speed():
 
 
 def test_a_request_is_admitted_once():
-    """The server asks, and the engine asks again: with an explanation no drafts, whoever wants it."""
+    """The server asks and the engine asks again; with an explanation nothing is drafted."""
     found = admission(speculative="auto")
     engine_input = {"type": "token", "prompt_token_ids": [1, 7], SOURCE: Source()}
     text = json.dumps({"formula": DRAFTED, "terms": {name: TERMS[name] for name in ("small", "big")}})
-    first = found.admit(engine_input, text, 4, explained=True)
-    assert found.admit(engine_input, text, 4, explained=True) is first
-    assert first.spec.drafter == ""
-    other = found.admit(engine_input, text, 4, seeded=True)
-    assert other is not first
+    first = found.admit(engine_input, text, 4)
+    assert found.admit(engine_input, text, 4) is first
+    assert first.spec.drafter == "formula"
+    assert found.admit(engine_input, text, 4, seeded=True).spec.drafter == ""
+    explained = found.admit(engine_input, text, 4, explained=True)
+    assert explained.spec.drafter == ""
+    assert found.admit(engine_input, text, 4, explained=True) is explained
+    found.admit(engine_input, text, 4)
+    assert found.admit(engine_input, text, 4, explained=True).spec.drafter == ""
 
 
 def test_drafted_tokens_need_room_in_the_kv_cache():
