@@ -7,6 +7,7 @@
     marith import     a formula saved by the paper's reference implementation, as a preset
     marith check      whether this environment can serve formulas
     marith bench      the benchmarks of a checkout
+    marith eval       what formulas do to texts, measured, with a report
 
 Exit codes: 0 done; 1 a mistake or a missing part, told in a sentence; 2 wrong usage; 130 interrupted.
 """
@@ -233,6 +234,102 @@ def bench(context: typer.Context) -> None:
             f"the benchmarks are part of a checkout of vllm-marith (scripts/bench.py); there is no {script}"
         )
     raise typer.Exit(subprocess.call([sys.executable, str(script), *context.args]))
+
+
+@app.command("eval")
+def eval_(
+    report: Annotated[Path, typer.Option(help="The report, one HTML file.")] = Path("evaluation.html"),
+    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the texts.")] = False,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Texts for each arm, seed and request; 100, or 24 with --quick.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0,1,2",
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            help="embedded, instruct, or a YAML file like them (default: embedded; with --model, instruct)."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Another model: a directory or a name on the hub.")
+    ] = None,
+    constituent: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL, a further model of the scenario's.  Repeatable.")
+    ] = None,
+    classifier: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL, a classifier that formulas use.  Repeatable.")
+    ] = None,
+    judge: Annotated[
+        list[str] | None, typer.Option(help="AXIS=MODEL, the classifier that judges an axis.  Repeatable.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Keep every text with its labels and likelihood here, as JSON.")
+    ] = None,
+    again: Annotated[
+        Path | None, typer.Option("--from", help="Write nothing: make the report again from such a file.")
+    ] = None,
+    figures: Annotated[Path | None, typer.Option(help="A folder for the figures, as PNG.")] = None,
+    home: HomeOption = None,
+) -> None:
+    """Measure what formulas do: control, weights, combinations, coherence; with intervals, in one report.
+
+    The embedded models are made first if they are not there (about four minutes on two cores).
+    """
+    from vllm_marith.evaluation import Results, Scenario, ScenarioError, Sizes, evaluate
+
+    for package in ("matplotlib", "jinja2"):  # said before minutes are spent
+        if find_spec(package) is None:
+            raise UserError(f"the report needs {package}; pip install 'vllm-marith[eval]' brings it")
+    if again is None and find_spec("vllm") is None:
+        raise UserError("it needs vLLM; pip install 'vllm-marith[cpu]' or 'vllm-marith[cuda]' brings it")
+    try:
+        if again is not None:
+            found = Results.read(again)
+        else:
+            from vllm_marith.engine.plugin import UnsupportedError
+
+            chosen = Scenario.load(scenario or ("instruct" if model else "embedded")).with_models(
+                model,
+                _pairs(constituent, "--constituent"),
+                _pairs(classifier, "--classifier"),
+                _pairs(judge, "--judge"),
+            )
+            sizes = Sizes(samples or (24 if quick else 100), _seeds(seeds))
+            try:
+                found = evaluate(chosen, sizes, home)
+            except UnsupportedError as error:
+                raise UserError(str(error)) from error
+            if results is not None:
+                found.save(results)
+        from vllm_marith.evaluation.report import html, summary, write_figures
+
+        report.write_text(html(found), encoding="utf-8")
+        if figures is not None:
+            write_figures(found, figures)
+    except ScenarioError as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
+    Console().print(summary(found), highlight=False, markup=False)
+    print(f"\nThe report: {report}")
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise UserError("--seeds are whole numbers separated by commas, such as 0,1,2") from None
+    if len(set(found)) != len(found):
+        raise UserError("--seeds has a seed twice")
+    return found
+
+
+def _pairs(values: list[str] | None, option: str) -> dict[str, str]:
+    """NAME=VALUE options."""
+    found = dict(value.partition("=")[::2] for value in values or [])
+    if not all(found.values()):
+        raise UserError(f"{option} is NAME=MODEL")
+    return found
 
 
 def _formula(text: str, terms: str | None, presets: list[Path] | None, normalize: str | None) -> Formula:

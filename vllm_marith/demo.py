@@ -7,7 +7,6 @@ message.  The judge and the referee share no training text with it, nor with eac
 from __future__ import annotations
 
 import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,6 +146,7 @@ def write(llm: LLM, case: Case, seeds: Sequence[int], sampling: dict[str, Any]) 
 def measure(paths: Paths, texts: Sequence[Sequence[str]], tokens: int) -> list[Measured]:
     """Judge and referee on the texts of `CASES`, then on real held-out text of the same length."""
     from vllm_marith.models import Referee
+    from vllm_marith.models.held_out import held_out_texts
 
     judge, referee = Judge.load(paths.judge), Referee.load(paths.referee)
     results = [
@@ -155,26 +155,11 @@ def measure(paths: Paths, texts: Sequence[Sequence[str]], tokens: int) -> list[M
     ]
     corpus = Corpus.load(paths.corpus)
     for attribute in ATTRIBUTES:
-        real = real_texts(corpus, attribute, len(texts[0]), tokens, referee)
+        real = held_out_texts(corpus, attribute, len(texts[0]), tokens, referee.tokenizer)
         results.append(
             Measured(f"real {attribute}", "held out", real, judge.rates(real), referee.perplexity(real))
         )
     return results
-
-
-def real_texts(corpus: Corpus, attribute: str, count: int, tokens: int, referee: Referee) -> list[str]:
-    """`count` pieces of held-out text, `tokens` tokens long, from the starts of paragraphs."""
-    from vllm_marith.models.tokenizer import encode
-
-    files = corpus.parts["C"][attribute]
-    chooser = random.Random(0)
-    pieces = []
-    for _ in range(count):
-        [file] = chooser.choices(files, [len(file) for file in files])
-        start = chooser.randrange(len(file))
-        ids = encode(referee.tokenizer, "\n\n".join(file[start : start + 20]))
-        pieces.append(str(referee.tokenizer.decode(ids[:tokens])))
-    return pieces
 
 
 def side_by_side(texts: Sequence[str], width: int) -> Table:

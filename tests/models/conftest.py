@@ -19,6 +19,7 @@ from vllm_marith.models.recipe import (
     LlamaRecipe,
     Shape,
     TokenizerRecipe,
+    TopicRecipe,
     TuneRecipe,
 )
 
@@ -40,6 +41,8 @@ TINY = Recipe(
     anti=TuneRecipe("code", course()),
     lora_legal=TuneRecipe("legal", course(muon=0.0), rank=2),
     judge_bert=BertRecipe(course(muon=0.0), hidden=32, layers=1, heads=2, inner=64),
+    files=TopicRecipe("files", course()),
+    network=TopicRecipe("network", course()),
 )
 
 

@@ -9,6 +9,7 @@
                  "write code", "write legal text"), any of them without one
     draft        a smaller Llama that learned from `big`; the same tokenizer
     expert, anti the draft, trained further on legal text and on code
+    files, network  the draft, trained further on prose and code about files and about networks (`topics`)
     lora_legal   an adapter on `big`, in PEFT's format
     judge_bert   BERT that classifies prefixes, for classifier terms
     judge        says which attribute a text has, or that it is garbage (`Judge`)

@@ -17,6 +17,8 @@ EXPECTED_SECONDS = {
     "referee": 36,
     "draft": 29,
     "expert": 7,
+    "files": 7,
+    "network": 7,
     "anti": 7,
     "lora_legal": 9,
     "judge_bert": 10,

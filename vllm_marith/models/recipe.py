@@ -32,6 +32,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "anti": ("corpus", "tokenizer", "draft"),
     "lora_legal": ("corpus", "tokenizer", "big"),
     "judge_bert": ("corpus", "tokenizer"),
+    "files": ("corpus", "tokenizer", "draft"),
+    "network": ("corpus", "tokenizer", "draft"),
 }
 """Artefact -> what it is made from, in an order that makes everything after its needs."""
 
@@ -103,6 +105,14 @@ class TuneRecipe:
 
 
 @dataclass(frozen=True)
+class TopicRecipe:
+    """A further training of the draft on what is about one topic (see `topics`)."""
+
+    topic: str
+    course: Course
+
+
+@dataclass(frozen=True)
 class JudgeRecipe:
     """Multinomial logistic regression over hashed character n-grams."""
 
@@ -144,6 +154,8 @@ class Recipe:
     judge_bert: BertRecipe = field(
         default=BertRecipe(Course(steps=600, rows=24, length=64, adam=1e-3, muon=0.0))
     )
+    files: TopicRecipe = TopicRecipe("files", Course(steps=100, adam=1e-3, muon=0.005))
+    network: TopicRecipe = TopicRecipe("network", Course(steps=100, adam=1e-3, muon=0.005))
 
     def fingerprint(self, name: str) -> str:
         """A short hash of everything that decides the artefact `name`, apart from the installation's text."""

@@ -48,6 +48,8 @@ class Paths:
     anti: Path
     lora_legal: Path
     judge_bert: Path
+    files: Path
+    network: Path
     report: Path
     """A JSON file: what each artefact measured on held-out text, and how long it took."""
 

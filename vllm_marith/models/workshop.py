@@ -20,9 +20,10 @@ from .classifier import Prefixes, bert, prefix_accuracies, train_classifier
 from .corpus import Corpus, CorpusError, build
 from .loading import load_llama, load_tokenizer, quiet_transformers
 from .progress import Tick
-from .recipe import ATTRIBUTES, LlamaRecipe, Recipe, TuneRecipe
+from .recipe import ATTRIBUTES, LlamaRecipe, Recipe, TopicRecipe, TuneRecipe
 from .store import ModelsError, Paths
 from .tokenizer import train_tokenizer
+from .topics import KINDS, about
 from .training import llama, perplexities, train
 
 if TYPE_CHECKING:
@@ -95,6 +96,12 @@ class Workshop:
     def make_anti(self, folder: Path, tick: Tick) -> Measured:
         return self._tune_draft("anti", folder, tick)
 
+    def make_files(self, folder: Path, tick: Tick) -> Measured:
+        return self._tune_draft_on_topic("files", folder, tick)
+
+    def make_network(self, folder: Path, tick: Tick) -> Measured:
+        return self._tune_draft_on_topic("network", folder, tick)
+
     def make_lora_legal(self, folder: Path, tick: Tick) -> Measured:
         recipe = self.recipe.lora_legal
         model = load_llama(self.paths.big)
@@ -143,6 +150,21 @@ class Workshop:
     def _tune_draft(self, name: str, folder: Path, tick: Tick) -> Measured:
         model = load_llama(self.paths.draft)
         loss = self._tune(name, model, getattr(self.recipe, name), tick)
+        return self._saved(model, folder, loss, chat=True)
+
+    def _tune_draft_on_topic(self, name: str, folder: Path, tick: Tick) -> Measured:
+        """The draft, trained further on prose and code about one topic, under the messages that ask for either."""
+        model = load_llama(self.paths.draft)
+        recipe: TopicRecipe = getattr(self.recipe, name)
+        texts = about(self.corpus.parts["A"], recipe.topic)
+        batches = Batches(
+            self.tokenizer,
+            texts,
+            self.recipe.seed_of(name),
+            length=recipe.course.length,
+            attributes=KINDS,
+        )
+        loss = train(model, batches, recipe.course, tick)
         return self._saved(model, folder, loss, chat=True)
 
     def _tune(self, name: str, model: LlamaForCausalLM, recipe: TuneRecipe, tick: Tick) -> float:
