@@ -31,7 +31,8 @@ DOORS = {
     "serving": ALL_BUT_CLI,
     "distributed": ALL_BUT_CLI,
     "models": ALL_BUT_CLI,
-    "cli": ALL_BUT_CLI,
+    "evaluation": ALL_BUT_CLI,  # and nothing but the command line imports it
+    "cli": ALL_BUT_CLI | {"evaluation"},
     "": {"language"},  # vllm_marith/__init__.py
 }
 # Functions of `language` that may reach for `plan` when they are called.
@@ -177,6 +178,12 @@ def test_doors_stay_shut(path):
         ("vllm_marith/engine/x.py", "from vllm_marith import demo", True),
         ("vllm_marith/engine/x.py", "from vllm_marith import Term", False),
         ("vllm_marith/models/x.py", "from vllm_marith.cli import main", True),
+        ("vllm_marith/evaluation/x.py", "from vllm_marith.engine.offline import offline_llm", False),
+        ("vllm_marith/evaluation/x.py", "import vllm", True),
+        ("vllm_marith/evaluation/x.py", "from vllm_marith.demo import CASES", True),
+        ("vllm_marith/cli.py", "from vllm_marith.evaluation import evaluate", False),
+        ("vllm_marith/serving/x.py", "from vllm_marith.evaluation import evaluate", True),
+        ("vllm_marith/demo.py", "from vllm_marith.evaluation import plots", True),
         ("vllm_marith/__init__.py", "from vllm_marith.language import Term", False),
         ("vllm_marith/__init__.py", "from vllm_marith.engine import plugin", True),
         ("kernels/marith_kernels/x.py", "from vllm_marith.plan import Plan", True),

@@ -239,9 +239,9 @@ def bench(context: typer.Context) -> None:
 @app.command("eval")
 def eval_(
     report: Annotated[Path, typer.Option(help="The report, one HTML file.")] = Path("evaluation.html"),
-    quick: Annotated[bool, typer.Option("--quick", help="A quarter of the texts.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A sixth of the texts.")] = False,
     samples: Annotated[
-        int | None, typer.Option(min=2, help="Texts for each arm, seed and request; 100, or 24 with --quick.")
+        int | None, typer.Option(min=2, help="Texts for each arm and seed; 96, or 16 with --quick.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Separated by commas.")] = "0,1,2",
     scenario: Annotated[
@@ -294,7 +294,7 @@ def eval_(
                 _pairs(classifier, "--classifier"),
                 _pairs(judge, "--judge"),
             )
-            sizes = Sizes(samples or (24 if quick else 100), _seeds(seeds))
+            sizes = Sizes(samples or (16 if quick else 96), _seeds(seeds))
             try:
                 found = evaluate(chosen, sizes, home)
             except UnsupportedError as error:

@@ -27,7 +27,6 @@ from vllm_marith.models.corpus import Corpus
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from vllm_marith.models import Referee
 
 REQUEST = "go on"
 """The user's message in every request."""

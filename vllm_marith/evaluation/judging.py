@@ -21,11 +21,13 @@ OTHER = "other"
 BATCH = 32
 
 
-def labeller(axis: str, named: str | None, paths: Paths | None) -> Labeller:
+def labeller(axis: str, named: str | None, wanted: Sequence[str], paths: Paths | None) -> Labeller:
     """The judge of an axis, by what the scenario calls it.
 
+    wanted: labels that the scenario asks about.
+
     Raises:
-        ScenarioError: nobody is named, or a classifier that cannot be loaded.
+        ScenarioError: nobody is named, or a classifier that cannot be loaded or lacks a wanted label.
     """
     if named is None:
         raise ScenarioError(f"nobody judges '{axis}'; --judge {axis}=CLASSIFIER names who does")
@@ -34,11 +36,11 @@ def labeller(axis: str, named: str | None, paths: Paths | None) -> Labeller:
     if named.startswith(EMBEDDED):
         assert paths is not None
         return Judge.load(getattr(paths, named.removeprefix(EMBEDDED))).labels
-    return classifier(axis, named)
+    return classifier(axis, named, wanted)
 
 
-def classifier(axis: str, path: str) -> Labeller:
-    """A sequence classifier: the likeliest label, or `OTHER` where labels do not exclude each other and none is likely."""
+def classifier(axis: str, path: str, wanted: Sequence[str]) -> Labeller:
+    """A sequence classifier: the likeliest label; `OTHER` if labels may go together and none is likely."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -49,8 +51,15 @@ def classifier(axis: str, path: str) -> Labeller:
         reason = str(error).splitlines()[0]
         raise ScenarioError(f"the judge of '{axis}', {path}, cannot be loaded: {reason}") from error
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    for label in wanted:
+        if label not in names:
+            raise ScenarioError(
+                f"the judge of '{axis}', {path}, has no label '{label}'; it has {', '.join(names)}"
+            )
     several = model.config.problem_type == "multi_label_classification"
-    longest = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    longest = min(
+        tokenizer.model_max_length, model.config.max_position_embeddings - 2
+    )  # RoBERTa's start at 2
 
     @torch.inference_mode()
     def labels(texts: Sequence[str]) -> list[str]:

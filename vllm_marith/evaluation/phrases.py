@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from .statistics import Interval
 
@@ -58,14 +59,14 @@ def ranking(rates: Mapping[str, Interval], *, least: str) -> str:
             f"({_told(tied, rates)}): these texts rank none of them above another."
         )
     return (
-        f"{best} {least}, {rate(rates[best])}. {_told(tied, rates)} cannot be told from it: the intervals overlap. "
-        f"It is clear of {_told(clear, rates)}."
+        f"{best} {least}, {rate(rates[best])}. Not to be told from it, because the intervals overlap: "
+        f"{_told(tied, rates)}. It is clear of {_told(clear, rates)}."
     )
 
 
 def monotone(intervals: Sequence[Interval]) -> tuple[bool, bool]:
     """(whether any step goes clearly up, whether any goes clearly down)."""
-    pairs = list(zip(intervals, intervals[1:], strict=False))
+    pairs = list(pairwise(intervals))
     return any(b.above(a) for a, b in pairs), any(b.below(a) for a, b in pairs)
 
 
@@ -73,13 +74,14 @@ def seeds(spread: Interval) -> str:
     """Whether the seeds of an evaluation are more than further draws."""
     if math.isnan(spread.value):
         return "No rate lies between 0 and 1, so that the seeds cannot be compared."
-    told = f"chi-squared over degrees of freedom is {spread.value:.2f}, and {spread.low:.2f} to {spread.high:.2f}"
+    chance = f"{spread.low:.2f} to {spread.high:.2f}"
+    told = f"chi-squared over degrees of freedom is {spread.value:.2f}, and {chance} would be chance"
     if spread.value > spread.high:
         return (
-            f"The seeds differ by more than draws of texts do ({told} would be chance): "
+            f"The seeds differ by more than draws of texts do ({told}): "
             "the intervals, which take every text for an independent one, are too narrow."
         )
-    return f"The seeds differ by no more than draws of texts do ({told} would be chance)."
+    return f"The seeds differ by no more than draws of texts do ({told})."
 
 
 def _told(names: Sequence[str], rates: Mapping[str, Interval]) -> str:

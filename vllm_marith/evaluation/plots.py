@@ -1,4 +1,4 @@
-"""The figures.  Okabe and Ito's colours, which colour-blind readers tell apart; labels beside what they name."""
+"""The figures: Okabe and Ito's colours, which colour-blind readers tell apart; labels beside the lines."""
 
 from __future__ import annotations
 
@@ -62,13 +62,14 @@ def ranked(comparison: Comparison) -> Figure:
         figure = Figure(figsize=(WIDTH, 0.75 + 0.33 * len(outcomes)))
         axes = figure.subplots()
         plain = comparison.plain.rate
-        axes.axvspan(plain.low, plain.high, color=FAINT, lw=0, zorder=0)
+        axes.axvspan(plain.low, plain.high, color=FAINT, alpha=0.6, lw=0, zorder=0)
         for row, outcome in enumerate(outcomes):
             found = outcome.compared
             hollow = outcome.matched is not None and not outcome.matched.reached
             axes.plot([found.low, found.high], [row, row], color=COLOURS[0], lw=2, solid_capstyle="butt")
+            fill = "white" if hollow else COLOURS[0]
             axes.plot(
-                found.value, row, "o", ms=6.5, mec=COLOURS[0], mfc="white" if hollow else COLOURS[0], mew=1.6
+                found.value, row, "o", ms=6.5, mec=COLOURS[0], mfc=fill, mew=1.6, clip_on=False, zorder=5
             )
         axes.set_yticks(range(len(outcomes)), [outcome.name for outcome in outcomes])
         axes.tick_params(axis="y", length=0)
@@ -112,9 +113,9 @@ def control_curves(comparison: Comparison) -> Figure:
             axes.set_title(outcomes[i].name)
             axes.set_xscale("log")
             axes.set_xlim(lowest / 1.08, min(highest * 1.08, 12 * comparison.plain.perplexity.value))
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.04 * max(p.rate.high for o in outcomes for p in [comparison.plain, *o.points]))
             _percent(axes.yaxis)
-            _plain_log(axes)
+            _plain_log(axes, axes.xaxis)
         relative = "relative perplexity" if comparison.results.relative else "perplexity"
         figure.supxlabel(f"{relative} (log scale)", fontsize=9)
         figure.supylabel(f"{comparison.control.unwanted} text, share", fontsize=9)
@@ -165,10 +166,10 @@ def weight_curves(curves: Curves, found: Rates) -> Figure:
 
 def pairs(found: Sequence[Cell]) -> Figure:
     """A panel a pair of labels: how often both are there, by what is asked for."""
-    columns = min(4, len(found))
+    columns = min(2, len(found))
     rows = math.ceil(len(found) / columns)
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.5 + 1.75 * rows))
+        figure = Figure(figsize=(WIDTH, 0.5 + 1.6 * rows))
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
         for axes, cell in zip(grid.flat, found, strict=False):
             a, b = cell.labels
@@ -178,7 +179,7 @@ def pairs(found: Sequence[Cell]) -> Figure:
                 axes.plot(
                     [interval.low, interval.high], [row, row], color=colour, lw=2, solid_capstyle="butt"
                 )
-                axes.plot(interval.value, row, "o", color=colour, ms=6)
+                axes.plot(interval.value, row, "o", color=colour, ms=6, clip_on=False, zorder=5)
             axes.set_yticks(range(4), names)
             axes.tick_params(axis="y", length=0)
             axes.set_ylim(3.6, -0.6)
@@ -193,7 +194,7 @@ def pairs(found: Sequence[Cell]) -> Figure:
     return figure
 
 
-def stress(found: Sequence[Level], real: float | None, relative: bool) -> Figure:
+def stress(found: Sequence[Level], relative: bool) -> Figure:
     """Perplexity and repetition by depth."""
     depths = [level.depth for level in found]
     with rc_context(STYLE):
@@ -206,12 +207,13 @@ def stress(found: Sequence[Level], real: float | None, relative: bool) -> Figure
         _percent(right.yaxis)
         if relative:
             _rule(left, 1.0, "real text")
-        if real is not None:
-            _rule(right, real, "real text")
         for axes in (left, right):
             axes.set_xlabel("depth of nesting (unions)")
-            axes.set_ylim(bottom=0)
             axes.set_xticks(depths)
+        left.set_yscale("log")
+        left.set_ylim(top=1.2 * max(level.perplexity.high for level in found))
+        _plain_log(left, left.yaxis)
+        right.set_ylim(0, max(0.04, 1.1 * max(level.repetition.high for level in found)))
     return figure
 
 
@@ -231,7 +233,7 @@ def _method(axes: Axes, comparison: Comparison, outcome: Outcome) -> None:
         x, y = point.perplexity, point.rate
         axes.plot([x.low, x.high], [y.value] * 2, color=colour, lw=1, zorder=3)
         axes.plot([x.value] * 2, [y.low, y.high], color=colour, lw=1, zorder=3)
-        axes.plot(x.value, y.value, "o", color=colour, ms=3.5, zorder=4)
+        axes.plot(x.value, y.value, "o", color=colour, ms=3.5, zorder=4, clip_on=False)
         axes.plot([x.value] * len(point.by_seed), point.by_seed, ".", color=colour, ms=2, alpha=0.6, zorder=4)
         if outcome.method.strengths and point is not comparison.plain:
             axes.annotate(
@@ -320,14 +322,13 @@ def _apart(heights: dict[str, float], gap: float) -> dict[str, float]:
 
 
 def _percent(axis: Any) -> None:
-    axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _plain_log(axes: Axes) -> None:
+def _plain_log(axes: Axes, axis: Any) -> None:
     """Few ticks, written as plain numbers."""
-    low, high = axes.get_xlim()
-    ticks = [t * 10.0**e for e in range(-2, 5) for t in (1, 2, 5) if low <= t * 10.0**e <= high]
-    axes.set_xticks(ticks)
-    axes.set_xticks([], minor=True)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axes.get_xlim() if axis is axes.xaxis else axes.get_ylim()
+    axis.set_ticks([t * 10.0**e for e in range(-2, 6) for t in (1, 2, 5) if low <= t * 10.0**e <= high])
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

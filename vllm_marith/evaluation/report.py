@@ -57,9 +57,10 @@ def made(results: Results) -> str:
     """What was written, on what, in how long."""
     about = results.about
     texts = sum(len(arm.texts) for arm in results.arms.values())
+    seeds = phrases.listing([str(seed) for seed in results.seeds])
     return (
-        f"{texts} texts in {len(results.arms)} arms, {results.samples} for each request and each of the seeds "
-        f"{phrases.listing([str(seed) for seed in results.seeds])}, at temperature {results.scenario.temperature:g}. "
+        f"{texts} texts in {len(results.arms)} arms, {results.samples} for each of the seeds {seeds}, at "
+        f"temperature {results.scenario.temperature:g}. "
         + " ".join(f"{name}: {value}." for name, value in about.items())
     )
 
@@ -67,18 +68,19 @@ def made(results: Results) -> str:
 def method(results: Results) -> list[str]:
     """How the intervals come about, and whether the seeds agree."""
     said = [
-        "Every sentence above that has a number in it was made from the numbers of this run by a program that knows what to "
+        "Every finding above was put into words by a program, from the numbers of this run; it knows what to "
         "say when intervals overlap and when they do not. 'Clear' means that two 95% intervals do not "
-        "overlap, which is stricter than a test of their difference at 5%; no correction is made for how many "
-        "comparisons there are.",
-        "Rates have Wilson's intervals. Perplexities, and rates at a given perplexity, have Rubin's Bayesian bootstrap over "
-        "texts, with Jeffreys' prior for rates, so that a method none of whose texts has the attribute is not taken for one "
-        "that never writes it. Arms, seeds and texts share no noise: each text's seed is a hash of all three.",
+        "overlap, which is stricter than a test of their difference at 5%; no correction is made for how "
+        "many comparisons there are.",
+        "Rates have Wilson's intervals. Perplexities, and rates at a given perplexity, have Rubin's Bayesian "
+        "bootstrap over texts, with Jeffreys' prior for rates, so that a method none of whose texts has the "
+        "attribute is not taken for one that never writes it. Arms, seeds and texts share no noise: each "
+        "text's seed is a hash of all three.",
     ]
     if results.relative:
         said.append(
-            "Perplexity is the referee's, divided by what it says of real held-out text of the kind that the judge takes "
-            "the text for: 1 is as predictable as real text."
+            "Perplexity is the referee's, divided by what it says of real held-out text of the kind that the "
+            "judge takes the text for: 1 is as predictable as real text."
         )
     control = results.scenario.control
     if control:

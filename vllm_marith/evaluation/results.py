@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .scenario import PLAIN, Scenario, ScenarioError
+from .scenario import Scenario, ScenarioError
 from .statistics import Texts
 
 
@@ -58,11 +58,6 @@ class Results:
     arms: dict[str, Measured]
     real: dict[str, Measured] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def plain(self) -> Measured:
-        """The arm without a formula."""
-        return self.arms[PLAIN]
 
     def counted(self, measured: Measured, hit: np.ndarray | None = None) -> Texts:
         """The texts' loss beyond that of real text of their kind, and which of them are `hit`."""

@@ -17,7 +17,7 @@ from vllm_marith.engine.offline import prepare_environment
 from vllm_marith.models import Paths, ensure
 
 from .results import Measured, Results
-from .scenario import PLAIN, Arm, Scenario, ScenarioError
+from .scenario import Arm, Scenario, ScenarioError
 from .sections import arms
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is written: texts for each arm, seed and request."""
+    """How much is written: texts for each arm and seed."""
 
     samples: int
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -69,7 +69,7 @@ def _write(
 ) -> dict[str, Measured]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     measured: dict[str, Measured] = {}
-    prompts: list[list[int]] = []
+    prompts: dict[str, list[int]] = {}
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("arms", total=len(wanted))
         for arm in wanted:
@@ -77,9 +77,8 @@ def _write(
             started = time.monotonic()
             written = writer.write(arm, sizes.seeds, sizes.samples)
             seconds = time.monotonic() - started
-            if arm.key == PLAIN:
-                asked = {text.request: text.prompt for text in written}
-                prompts = [asked[request] for request in range(len(asked))]
+            if arm.formula is None:  # comes before the formulas that are asked the same
+                prompts |= {text.request: text.prompt for text in written}
             losses = readers.losses(written) or writer.losses(written, prompts)
             formula = writer.scenario.formula(arm)
             found = readers.read(None if formula is None else str(formula), written, losses)
@@ -101,7 +100,10 @@ class Readers:
         """Those of the scenario."""
         from .judging import labeller
 
-        judges = {axis: labeller(axis, named, paths) for axis, named in scenario.judges.items()}
+        judges = {
+            axis: labeller(axis, named, scenario.labels(axis), paths)
+            for axis, named in scenario.judges.items()
+        }
         if scenario.referee == "model":
             return cls(judges, None, paths)
         if scenario.referee != "embedded:referee" or paths is None:
@@ -146,7 +148,7 @@ class Readers:
         found = {}
         for kind in ATTRIBUTES:
             texts = held_out_texts(corpus, kind, count, scenario.tokens, tokenizer)
-            pieces = [Written(0, 0, text, [], encode(tokenizer, text)) for text in texts]
+            pieces = [Written(0, "", text, [], encode(tokenizer, text)) for text in texts]
             found[kind] = self.read(None, pieces, self.referee.losses(texts))
         return found
 

@@ -8,6 +8,7 @@ anything else is a directory or a name on the Hugging Face hub, and null is for 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,12 +40,14 @@ class Arm:
         formula: over the scenario's terms; None for a request without a formula.
         parameters: numbers for names in the formula.
         tokens: length of the texts; the scenario's where None.
+        requests: user messages; the scenario's where there are none.
     """
 
     key: str
     formula: str | None
     parameters: Mapping[str, float] = field(default_factory=dict)
     tokens: int | None = None
+    requests: tuple[str, ...] = ()
 
 
 class _Model(BaseModel):
@@ -58,21 +61,26 @@ class Method(_Model):
     strengths: tuple[float, ...] = ()
     note: str = ""
 
-    def arms(self, key: str) -> list[Arm]:
+    def arms(self, key: str, requests: tuple[str, ...] = ()) -> list[Arm]:
         """One arm for each strength, weakest first."""
         if not self.strengths:
-            return [Arm(key, self.formula)]
-        return [Arm(f"{key}/{s:g}", self.formula, {"strength": s}) for s in sorted(self.strengths)]
+            return [Arm(key, self.formula, requests=requests)]
+        return [
+            Arm(f"{key}/{s:g}", self.formula, {"strength": s}, requests=requests)
+            for s in sorted(self.strengths)
+        ]
 
 
 class Control(_Model):
     """Less of an unwanted attribute, at the same fluency.
 
+    requests: user messages that provoke the unwanted; the scenario's where there are none.
     budget: perplexity at which methods are compared, as a multiple of that without a formula.
     """
 
     axis: str
     unwanted: str
+    requests: tuple[str, ...] = ()
     budget: Annotated[float, Field(gt=1)] = 1.25
     methods: dict[str, Method]
 
@@ -138,7 +146,7 @@ class Scenario(_Model):
     Attributes:
         about: a sentence for the report.
         limits: what these models can and cannot show, paragraph by paragraph, for the report.
-        requests: user messages; every arm writes the same number of texts for each.
+        requests: user messages, which the texts of an arm answer in turn.
         temperature, tokens: of sampling.
         fixed_length: whether texts have exactly `tokens` tokens.
         judges: axis -> who names its labels: `embedded:judge`, `embedded:topics`, or a sequence classifier.
@@ -226,6 +234,17 @@ class Scenario(_Model):
                     missing.append(f"the {'constituent' if key == 'model' else key} '{term[key]}'")
         return missing
 
+    def labels(self, axis: str) -> list[str]:
+        """The labels of an axis that the experiments ask about."""
+        asked: list[tuple[str, Iterable[str]]] = []
+        if self.control:
+            asked.append((self.control.axis, [self.control.unwanted]))
+        if self.curves:
+            asked.append((self.curves.axis, self.curves.weights.values()))
+        if self.cross:
+            asked += [(part.axis, part.summands) for part in (self.cross.first, self.cross.second)]
+        return sorted({label for own, labels in asked if own == axis for label in labels})
+
     def embedded(self) -> list[str]:
         """The embedded models that it needs."""
         engine = self.engine
@@ -240,8 +259,6 @@ class Scenario(_Model):
         return sorted(found - {"topics"})
 
     def _names(self, formula: str) -> set[str]:
-        import re
-
         return set(re.findall(r"[A-Za-z_]\w*", formula)) & set(self.terms)
 
 

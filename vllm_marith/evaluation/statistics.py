@@ -2,10 +2,11 @@
 
 All are at 95% and about the texts alone: another draw of texts from the same models for the same requests.
 
-Perplexities, and whatever mixes them with rates, are resampled by Rubin's Bayesian bootstrap: the n texts of an
-arm get weights from a flat Dirichlet distribution.  Two pseudo-texts of weight Gamma(1/2), one with the
+Perplexities, and whatever mixes them with rates, are resampled by Rubin's Bayesian bootstrap: the n texts of
+an arm get weights from a flat Dirichlet distribution.  Two pseudo-texts of weight Gamma(1/2), one with the
 attribute and one without, but with no tokens, join them for rates: a rate's marginal is then
-Beta(hits + 1/2, misses + 1/2), Jeffreys' posterior, and an arm in which nothing was hit does not pretend to be certain.
+Beta(hits + 1/2, misses + 1/2), Jeffreys' posterior, and an arm in which nothing was hit does not pretend to
+be certain.
 """
 
 from __future__ import annotations
@@ -135,7 +136,9 @@ def matched(curve: Sequence[tuple[float, Texts]], budget: float, random: np.rand
     nats = np.array([texts.nats for _, texts in curve])
     value, strength, level, reached = _crossing(strengths, rates, nats, limit)
     drawn = np.stack([replicates(texts, random) for _, texts in curve])  # [arms, 2, times]
-    others = np.array([_crossing(strengths, *drawn[:, :, i].T, limit)[0] for i in range(drawn.shape[2])])
+    others = np.array(
+        [_crossing(strengths, drawn[:, 0, i], drawn[:, 1, i], limit)[0] for i in range(drawn.shape[2])]
+    )
     return Matched(_percentiles(value, others), strength, math.exp(level), reached)
 
 
@@ -161,8 +164,8 @@ def _crossing(
 def dispersion(hits: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> Interval:
     """How much more seeds differ than draws of texts do: Pearson's chi-squared over its degrees of freedom.
 
-    hits, counts: [arms][seeds].  It is about 1 when a seed is nothing but another draw; the interval is where it
-    would lie in 95% of all cases then (normal approximation), not an interval of the value.
+    hits, counts: [arms][seeds].  It is about 1 when a seed is nothing but another draw; the interval is where
+    it would lie in 95% of all cases then (normal approximation), not an interval of the value.
     """
     total, freedom = 0.0, 0
     for found, of in zip(hits, counts, strict=True):

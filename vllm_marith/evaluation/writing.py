@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +24,13 @@ class Written:
 
     Attributes:
         seed: of the evaluation, under which it was drawn.
-        request: index of the scenario's request.
+        request: the user's message.
         prompt: token ids that the leader was asked with.
         tokens: token ids of the text.
     """
 
     seed: int
-    request: int
+    request: str
     text: str
     prompt: list[int]
     tokens: list[int]
@@ -67,20 +67,21 @@ class Writer:
         return cls(offline_llm(located(engine.model), **options), scenario)
 
     def write(self, arm: Arm, seeds: Sequence[int], samples: int) -> list[Written]:
-        """`samples` texts for each seed and request."""
+        """`samples` texts for each seed, the requests in turn."""
         formula = self.scenario.formula(arm)
         length = arm.tokens or self.scenario.tokens
+        requests = arm.requests or self.scenario.requests
         options: dict[str, Any] = {"temperature": self.scenario.temperature, "max_tokens": length}
         if self.scenario.fixed_length:
             options["min_tokens"] = length
         conversations, params, places = [], [], []
         for seed in seeds:
-            for request, message in enumerate(self.scenario.requests):
-                for index in range(samples):
-                    own = draw_seed(arm.key, seed, request * samples + index)
-                    conversations.append([{"role": "user", "content": message}])
-                    params.append(sampling_params(formula, seed=own, **options))
-                    places.append((seed, request))
+            for index in range(samples):
+                request = requests[index % len(requests)]
+                conversations.append([{"role": "user", "content": request}])
+                own = draw_seed(arm.key, seed, index)
+                params.append(sampling_params(formula, seed=own, **options))
+                places.append((seed, request))
         outputs = self.llm.chat(conversations, params, use_tqdm=False)  # type: ignore[arg-type]
         return [
             Written(
@@ -93,10 +94,12 @@ class Writer:
             for (seed, request), output in zip(places, outputs, strict=True)
         ]
 
-    def losses(self, written: Sequence[Written], prompts: Sequence[Sequence[int]]) -> list[tuple[float, int]]:
+    def losses(
+        self, written: Sequence[Written], prompts: Mapping[str, Sequence[int]]
+    ) -> list[tuple[float, int]]:
         """For each text its negative log-likelihood under the plain model, and its number of tokens.
 
-        prompts: for each request of the scenario, the token ids of the request without a formula.
+        prompts: request -> its token ids without a formula.
         """
         asked = [text for text in written if text.tokens]
         jobs: Any = [{"prompt_token_ids": [*prompts[text.request], *text.tokens]} for text in asked]
@@ -107,7 +110,9 @@ class Writer:
             if not text.tokens:
                 found.append((0.0, 0))
                 continue
-            steps = next(outputs).prompt_logprobs[-len(text.tokens) :]
-            loss = -sum(step[token].logprob for step, token in zip(steps, text.tokens, strict=True))
+            said = next(outputs).prompt_logprobs
+            assert said is not None
+            steps = list(said)[-len(text.tokens) :]
+            loss = -sum(step[token].logprob for step, token in zip(steps, text.tokens, strict=True) if step)
             found.append((loss, len(text.tokens)))
         return found

@@ -1,4 +1,4 @@
-"""Pieces of real text that nothing was trained on: what judge and referee say of it is what theirs is worth."""
+"""Pieces of real text that nothing was trained on: what judge and referee say of it tests them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PART = "C"
 def held_out_texts(
     corpus: Corpus, attribute: str, count: int, tokens: int, tokenizer: PreTrainedTokenizerFast
 ) -> list[str]:
-    """`count` pieces of held-out text, `tokens` tokens long, from the starts of paragraphs; always the same."""
+    """`count` pieces of held-out text of `tokens` tokens, from starts of paragraphs; always the same."""
     files = corpus.parts[PART][attribute]
     chooser = random.Random(0)
     pieces = []

@@ -27,16 +27,19 @@ class Topic:
     judged_by: frozenset[str]
 
 
+# fmt: off
 TOPICS = {
     "files": Topic(
-        frozenset("path paths filename directory directories folder stream".split()),
-        frozenset("file files open read write close readline seek lines encoding".split()),
+        frozenset(["path", "paths", "filename", "directory", "directories", "folder", "stream"]),
+        frozenset(["file", "files", "open", "read", "write", "close", "seek", "lines", "encoding"]),
     ),
     "network": Topic(
-        frozenset("socket sockets server host port request requests headers proxy".split()),
-        frozenset("http url connection connect client address response protocol cookie ip send recv".split()),
+        frozenset(["socket", "sockets", "server", "host", "port", "request", "requests", "headers", "proxy"]),
+        frozenset(["http", "url", "connection", "connect", "client", "address", "response", "protocol",
+                   "cookie", "ip", "send", "recv"]),
     ),
 }
+# fmt: on
 
 
 def words(text: str) -> list[str]:

@@ -153,7 +153,7 @@ class Workshop:
         return self._saved(model, folder, loss, chat=True)
 
     def _tune_draft_on_topic(self, name: str, folder: Path, tick: Tick) -> Measured:
-        """The draft, trained further on prose and code about one topic, under the messages that ask for either."""
+        """The draft, trained further on prose and code about one topic."""
         model = load_llama(self.paths.draft)
         recipe: TopicRecipe = getattr(self.recipe, name)
         texts = about(self.corpus.parts["A"], recipe.topic)

@@ -14,6 +14,9 @@ from ..scenario import PLAIN, Arm, Control, Method, Scenario
 from ..statistics import Interval, Matched, Texts
 from .section import Plot, Section, Table
 
+MUCH = 0.1
+"""Share of garbage from which on the report tells of it."""
+
 GARBAGE = "garbage"
 """A judge's label for text that has no attribute because it is none."""
 
@@ -30,8 +33,15 @@ def usable(scenario: Scenario) -> dict[str, Method]:
 
 
 def arms(scenario: Scenario) -> list[Arm]:
-    """One for every strength of every method."""
-    return [arm for name, method in usable(scenario).items() for arm in method.arms(key(name))]
+    """The requests without a formula, and one for every strength of every method."""
+    control = scenario.control
+    if control is None:
+        return []
+    methods = usable(scenario).items()
+    return [
+        Arm(key(PLAIN), None, requests=control.requests),
+        *(arm for name, method in methods for arm in method.arms(key(name), control.requests)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,15 @@ class Comparison:
         self.control: Control = results.scenario.control
         self.random = np.random.default_rng(0)
 
+    @property
+    def plain_texts(self) -> Measured:
+        """What was written without a formula."""
+        return self.results.arms[key(PLAIN)]
+
     @cached_property
     def plain(self) -> Point:
         """Without a formula."""
-        return self.point(0.0, self.results.plain)
+        return self.point(0.0, self.plain_texts)
 
     @cached_property
     def budget(self) -> float:
@@ -116,7 +131,7 @@ class Comparison:
             return Outcome(name, method, [self.point(0.0, measured)], None, self.garbage(measured))
         strengths = [arm.parameters["strength"] for arm, _ in written]
         points = [self.point(s, measured) for s, (_, measured) in zip(strengths, written, strict=True)]
-        curve = [(0.0, self.counted(self.results.plain))]
+        curve = [(0.0, self.counted(self.plain_texts))]
         curve += [(s, self.counted(measured)) for s, (_, measured) in zip(strengths, written, strict=True)]
         found = statistics.matched(curve, self.budget, self.random)
         nearest = min(range(len(strengths)), key=lambda i: abs(strengths[i] - found.strength))
@@ -137,23 +152,27 @@ def section(results: Results) -> Section:
     return Section(
         title=f"Less {control.unwanted} text, at the same fluency",
         how=[
-            f"Each method is drawn at several strengths. Its strength is then raised from nothing until the {kind} is "
-            f"{control.budget:g} times that without a formula, {comparison.budget:.2f}; the rate there, interpolated "
-            "between two strengths, is what methods are compared by. The strength is chosen by perplexity alone, never by the rate."
+            f"Requests: {_quoted(results)}.",
+            "Each method is drawn at several strengths. Its strength is then raised from nothing until the "
+            f"{kind} is {control.budget:g} times that without a formula, {comparison.budget:.2f}; the rate "
+            "there, interpolated between two strengths, is what methods are compared by. The strength is chosen by "
+            "perplexity alone, never by the rate.",
         ],
         findings=findings(comparison),
         tables=[_compared(comparison), _measured(comparison)],
         plots=[
             Plot(
                 "control_ranked",
-                f"Rate of {control.unwanted} text at a perplexity of {comparison.budget:.2f}, with 95% intervals; "
-                "the band is the rate without a formula. Hollow: the method's strongest arm stays below that perplexity.",
+                f"Rate of {control.unwanted} text at a perplexity of {comparison.budget:.2f}, with 95% "
+                "intervals; the band is the rate without a formula. Hollow: the method's strongest arm stays "
+                "below that perplexity.",
                 lambda: plots.ranked(comparison),
             ),
             Plot(
                 "control_curves",
-                "Every arm that was drawn, with 95% intervals in both directions; small dots are the single seeds. Grey: the "
-                "other methods. The ring is the point of comparison, the vertical line its perplexity.",
+                "Every arm that was drawn, labelled by its strength, with 95% intervals in both directions; "
+                "small dots are the single seeds. Grey: without a formula, and the other methods. The ring is "
+                "the point of comparison, the vertical line its perplexity.",
                 lambda: plots.control_curves(comparison),
             ),
         ],
@@ -164,8 +183,8 @@ def findings(comparison: Comparison) -> list[str]:
     """What the numbers say."""
     control, plain = comparison.control, comparison.plain
     said = [
-        f"Without a formula, {phrases.rate(plain.rate)} of the texts are {control.unwanted}, at a perplexity of "
-        f"{phrases.number(plain.perplexity)}."
+        f"Without a formula, {phrases.rate(plain.rate)} of the texts are {control.unwanted}, at a perplexity "
+        f"of {phrases.number(plain.perplexity)}."
     ]
     rates = {outcome.name: outcome.compared for outcome in comparison.ranked}
     if rates:
@@ -183,17 +202,15 @@ def findings(comparison: Comparison) -> list[str]:
     below = [o.name for o in comparison.ranked if o.matched and not o.matched.reached]
     if below:
         said.append(
-            f"{phrases.listing(below)} stayed below that perplexity at every strength that was drawn, and "
-            "is compared at the strongest: it may have more to give."
-            if len(below) == 1
-            else f"{phrases.listing(below)} stayed below that perplexity at every strength that was drawn, and "
-            "are compared at the strongest: they may have more to give."
+            "Below that perplexity at every strength that was drawn, and so compared at the strongest, "
+            f"which need not be the most they can do: {phrases.listing(below)}."
         )
-    spent = [o for o in comparison.ranked if o.garbage is not None and o.garbage > 0.1]
+    spent = [o for o in comparison.ranked if o.garbage is not None and o.garbage > MUCH]
     if spent:
         told = phrases.listing([f"{o.name} ({o.garbage:.0%})" for o in spent])
         said.append(
-            f"More than a tenth of the texts are garbage, which is not {control.unwanted} either, for {told}."
+            f"More than {MUCH:.0%} of the texts are garbage, which is not {control.unwanted} either: {told}; "
+            f"without a formula it is {_share(comparison.garbage(comparison.plain_texts))}."
         )
     for name, method in control.methods.items():
         if missing := comparison.results.scenario.lacks(method.formula):
@@ -204,8 +221,8 @@ def findings(comparison: Comparison) -> list[str]:
 def _out_of_budget(comparison: Comparison) -> list[str]:
     ranked = {outcome.name for outcome in comparison.ranked}
     return [
-        f"{o.name} has no strength to turn down and lies above that perplexity, at {phrases.number(o.points[0].perplexity)}; "
-        f"its rate there is {phrases.rate(o.points[0].rate)}."
+        f"{o.name} has no strength to turn down and lies above that perplexity, at "
+        f"{phrases.number(o.points[0].perplexity)}; its rate there is {phrases.rate(o.points[0].rate)}."
         for o in comparison.outcomes
         if o.name not in ranked
     ]
@@ -235,7 +252,9 @@ def _same_formula(comparison: Comparison) -> list[str]:
 
 
 def _compared(comparison: Comparison) -> Table:
-    rows = [[PLAIN, "no formula", "", "", f"{comparison.plain.perplexity.value:.2f}", phrases.rate(comparison.plain.rate), _share(comparison.garbage(comparison.results.plain))]]  # fmt: skip
+    plain = comparison.plain
+    rate, garbage = phrases.rate(plain.rate), _share(comparison.garbage(comparison.plain_texts))
+    rows = [[PLAIN, "no formula", "", "", f"{plain.perplexity.value:.2f}", rate, garbage]]
     ranked = comparison.ranked
     for o in [*ranked, *(o for o in comparison.outcomes if o not in ranked)]:
         found = o.matched
@@ -279,3 +298,9 @@ def _measured(comparison: Comparison) -> Table:
 
 def _share(value: float | None) -> str:
     return "" if value is None else phrases.percent(value)
+
+
+def _quoted(results: Results) -> str:
+    control = results.scenario.control
+    requests = (control.requests if control else ()) or results.scenario.requests
+    return "; ".join(f'"{" ".join(request.split())}"' for request in requests)

@@ -29,7 +29,7 @@ class Cell:
 
     @property
     def joint(self) -> bool:
-        """Whether asking for both gives clearly more texts with both than asking for either, or for nothing."""
+        """Whether asking for both gives clearly more such texts than asking for either or for nothing."""
         return all(self.both[-1].above(other) for other in self.both[:-1])
 
 
@@ -91,7 +91,8 @@ def section(results: Results) -> Section:
     assert cross is not None
     found = cells(results)
     random = np.random.default_rng(0)
-    header = ["asked for", "formula", f"{cross.first.axis} as asked", f"{cross.second.axis} as asked", "both", "perplexity"]  # fmt: skip
+    asked = [f"{axis} as asked" for axis in (cross.first.axis, cross.second.axis)]
+    header = ["asked for", "formula", *asked, "both", "perplexity"]
     rows = [
         [
             " and ".join(cell.labels),
@@ -106,8 +107,9 @@ def section(results: Results) -> Section:
     return Section(
         title=f"Two attributes at once: {cross.first.axis} and {cross.second.axis}",
         how=[
-            f"To {cross.base} is added what asks for one {cross.first.axis} ({_summands(cross.first.summands)}), for one "
-            f"{cross.second.axis} ({_summands(cross.second.summands)}), or for both."
+            f"To {cross.base} is added what asks for one {cross.first.axis} "
+            f"({_summands(cross.first.summands)}), for one {cross.second.axis} "
+            f"({_summands(cross.second.summands)}), or for both."
         ],
         findings=findings(found),
         tables=[Table("Where both are asked for", header, rows)],
@@ -129,8 +131,8 @@ def findings(found: list[Cell]) -> list[str]:
         nothing, first, second, both = cell.both
         best = max((first, second), key=lambda interval: interval.value)
         told = (
-            f"Asking for {a} and {b} gives both in {phrases.rate(both)} of the texts; without a formula it is "
-            f"{phrases.rate(nothing)}, and with the better of the two attributes alone {phrases.rate(best)}"
+            f"Asking for {a} and {b} gives both in {phrases.rate(both)} of the texts; without a formula it "
+            f"is {phrases.rate(nothing)}, and with the better of the two alone {phrases.rate(best)}"
         )
         said.append(
             f"{told}: clearly more." if cell.joint else f"{told}: not clearly more than all of these."

@@ -64,15 +64,16 @@ def section(results: Results) -> Section:
     return Section(
         title="Fine-grained control",
         how=[
-            f"One formula, {curves.formula}. One weight at a time takes the values {_values(curves)}, the others stay at "
-            f"{curves.others:g}."
+            f"One formula, {curves.formula}. One weight at a time takes the values {_values(curves)}, the "
+            f"others stay at {curves.others:g}."
         ],
         findings=findings(curves, found),
         tables=[Table("Rates by weight", header, _rows(results, curves, found))],
         plots=[
             Plot(
                 "curves",
-                "The attribute's rate as a function of its own weight (bold) and of the others' (thin), with 95% intervals.",
+                "The attribute's rate as a function of its own weight (bold) and of the others' (thin), with "
+                "95% intervals.",
                 lambda: plots.weight_curves(curves, found),
             )
         ],

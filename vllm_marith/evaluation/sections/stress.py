@@ -56,7 +56,6 @@ def section(results: Results) -> Section:
     stress = results.scenario.stress
     assert stress is not None
     found = levels(results)
-    real = np.concatenate([r.repetition for r in results.real.values()]) if results.real else None
     rows = [
         [str(level.depth), phrases.number(level.perplexity), phrases.rate(level.repetition)]
         for level in found
@@ -64,19 +63,19 @@ def section(results: Results) -> Section:
     return Section(
         title="Coherence under nested unions",
         how=[
-            f"A formula of depth d is union(1.5*f - 0.5*a, b), where f is that of depth d - 1, a and b are taken in turn from "
-            f"{phrases.listing(stress.operands)}, and depth 0 is {stress.start}. Each level subtracts one attribute and offers another, so "
-            f"that energies pile up. Texts have {stress.tokens} tokens. Repetition is the share of runs of three tokens that "
-            "occurred before in the text."
+            "A formula of depth d is union(1.5*f - 0.5*a, b), where f is that of depth d - 1, a and b are "
+            f"taken in turn from {phrases.listing(stress.operands)}, and depth 0 is {stress.start}. Each "
+            "level subtracts one attribute and offers another, so that energies pile up. Texts have "
+            f"{stress.tokens} tokens. Repetition is the share of runs of three tokens that occurred before "
+            "in the text."
         ],
         findings=findings(found),
         tables=[Table("By depth", ["depth", "perplexity", "repetition"], rows)],
         plots=[
             Plot(
                 "stress",
-                "Perplexity and repetition by depth, with 95% intervals."
-                + ("" if real is None else " Dotted: real text."),
-                lambda: plots.stress(found, None if real is None else float(real.mean()), results.relative),
+                "Perplexity (log scale) and repetition by depth, with 95% intervals.",
+                lambda: plots.stress(found, results.relative),
             )
         ],
     )
