@@ -302,15 +302,17 @@ def eval_(
             if results is not None:
                 found.save(results)
         from vllm_marith.evaluation.report import html, summary, write_figures
+        from vllm_marith.evaluation.sections import sections
 
-        report.write_text(html(found), encoding="utf-8")
+        parts = sections(found)
+        report.write_text(html(found, parts), encoding="utf-8")
         if figures is not None:
-            write_figures(found, figures)
+            write_figures(parts, figures)
     except ScenarioError as error:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
-    Console().print(summary(found), highlight=False, markup=False)
+    Console().print(summary(parts), highlight=False, markup=False)
     print(f"\nThe report: {report}")
 
 

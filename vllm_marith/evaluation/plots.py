@@ -30,7 +30,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 INK, QUIET, FAINT = "#222222", "#8a8a8a", "#d9d9d9"
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -59,7 +59,7 @@ def ranked(comparison: Comparison) -> Figure:
     """Methods at the budget, best first, as dots with intervals."""
     outcomes = list(reversed(comparison.ranked))
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 0.75 + 0.33 * len(outcomes)))
+        figure = Figure(figsize=(WIDTH, 1.1 + 0.32 * len(outcomes)))
         axes = figure.subplots()
         plain = comparison.plain.rate
         axes.axvspan(plain.low, plain.high, color=FAINT, alpha=0.6, lw=0, zorder=0)
@@ -168,6 +168,7 @@ def pairs(found: Sequence[Cell]) -> Figure:
     """A panel a pair of labels: how often both are there, by what is asked for."""
     columns = min(2, len(found))
     rows = math.ceil(len(found) / columns)
+    highest = max(interval.high for cell in found for interval in cell.both)
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 0.5 + 1.6 * rows))
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
@@ -183,7 +184,7 @@ def pairs(found: Sequence[Cell]) -> Figure:
             axes.set_yticks(range(4), names)
             axes.tick_params(axis="y", length=0)
             axes.set_ylim(3.6, -0.6)
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.05 * highest)
             axes.set_title(f"{a} and {b}")
             axes.grid(axis="x", color=FAINT, lw=0.6)
             axes.set_axisbelow(True)
@@ -226,9 +227,8 @@ def svg(figure: Figure) -> str:
 
 
 def _method(axes: Axes, comparison: Comparison, outcome: Outcome) -> None:
-    points = _points(comparison, outcome)
-    _line(axes, points, color=COLOURS[0], lw=1.6, zorder=3)
-    for point in points:
+    _line(axes, _points(comparison, outcome), color=COLOURS[0], lw=1.6, zorder=3)
+    for point in [comparison.plain, *outcome.points]:
         colour = QUIET if point is comparison.plain else COLOURS[0]
         x, y = point.perplexity, point.rate
         axes.plot([x.low, x.high], [y.value] * 2, color=colour, lw=1, zorder=3)

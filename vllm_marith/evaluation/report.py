@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from . import phrases, statistics
 from .results import Results, hits_by_seed
-from .sections import sections
-from .sections.section import Table
+from .sections.section import Section, Table
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
-def html(results: Results) -> str:
-    """The whole report."""
+def html(results: Results, parts: Sequence[Section]) -> str:
+    """The whole report; parts: the results' `sections`."""
     from jinja2 import Environment
 
     from . import plots
 
-    parts = sections(results)
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
@@ -37,7 +36,7 @@ def html(results: Results) -> str:
     )
 
 
-def write_figures(results: Results, folder: Path) -> list[Path]:
+def write_figures(parts: Sequence[Section], folder: Path) -> list[Path]:
     """Every figure as a PNG in `folder`."""
     from matplotlib import rc_context
 
@@ -45,7 +44,7 @@ def write_figures(results: Results, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     written = []
-    for part in sections(results):
+    for part in parts:
         for plot in part.plots:
             written.append(folder / f"{plot.name}.png")
             with rc_context(plots.STYLE):
@@ -115,9 +114,7 @@ def real(results: Results) -> Table | None:
     return Table("", ["", *(f"called {label}" for label in labels), "perplexity", "repetition"], rows)
 
 
-def summary(results: Results) -> str:
+def summary(parts: Sequence[Section]) -> str:
     """The findings as text."""
-    parts = [
-        f"{part.title}\n" + "\n".join(f"  - {said}" for said in part.findings) for part in sections(results)
-    ]
-    return "\n\n".join(parts)
+    said = [f"{part.title}\n" + "\n".join(f"  - {finding}" for finding in part.findings) for part in parts]
+    return "\n\n".join(said)

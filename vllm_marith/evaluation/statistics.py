@@ -20,7 +20,7 @@ import numpy as np
 Z = 1.959963984540054
 """The normal distribution's quantile at 97.5%."""
 
-REPLICATES = 4000
+REPLICATES = 2000
 
 
 @dataclass(frozen=True)
@@ -123,42 +123,46 @@ class Matched:
     reached: bool
 
 
-def matched(curve: Sequence[tuple[float, Texts]], budget: float, random: np.random.Generator) -> Matched:
-    """The rate at the first strength whose perplexity is `budget`.
+def matched(curve: Sequence[tuple[float, Texts]], multiple: float, random: np.random.Generator) -> Matched:
+    """The rate at the first strength whose perplexity is `multiple` times that of the arm without any.
 
     curve: (strength, texts) by strength, the first of them the arm without any.  Between two strengths,
         rate and strength are linear in the logarithm of the perplexity.  The strength is chosen by
-        perplexity alone, so that the rate is not the best of several.
+        perplexity alone, so that the rate is not the best of several.  Each replicate has the budget of its
+        own first arm.
     """
-    limit = math.log(budget)
     strengths = np.array([strength for strength, _ in curve])
-    rates = np.array([texts.rate for _, texts in curve])
-    nats = np.array([texts.nats for _, texts in curve])
-    value, strength, level, reached = _crossing(strengths, rates, nats, limit)
-    drawn = np.stack([replicates(texts, random) for _, texts in curve])  # [arms, 2, times]
-    others = np.array(
-        [_crossing(strengths, drawn[:, 0, i], drawn[:, 1, i], limit)[0] for i in range(drawn.shape[2])]
+    measured = np.array([[texts.rate, texts.nats] for _, texts in curve])[:, :, None]  # [arms, 2, 1]
+    value, strength, level, reached = (
+        found.item() for found in _crossing(strengths, measured, math.log(multiple))
     )
+    drawn = np.stack([replicates(texts, random) for _, texts in curve])  # [arms, 2, times]
+    others, *_ = _crossing(strengths, drawn, math.log(multiple))
     return Matched(_percentiles(value, others), strength, math.exp(level), reached)
 
 
-def _crossing(
-    strengths: np.ndarray, rates: np.ndarray, nats: np.ndarray, limit: float
-) -> tuple[float, float, float, bool]:
-    """(rate, strength, nats, whether reached) where the curve first exceeds `limit`."""
-    over = np.flatnonzero(nats > limit)
-    if not len(over):
-        return float(rates[-1]), float(strengths[-1]), float(nats[-1]), False
-    i = int(over[0])
-    if i == 0:
-        return float(rates[0]), float(strengths[0]), float(nats[0]), True
-    share = (limit - nats[i - 1]) / (nats[i] - nats[i - 1])
-    return (
-        float(rates[i - 1] + share * (rates[i] - rates[i - 1])),
-        float(strengths[i - 1] + share * (strengths[i] - strengths[i - 1])),
-        limit,
-        True,
-    )
+def _crossing(strengths: np.ndarray, curves: np.ndarray, slack: float) -> tuple[np.ndarray, ...]:
+    """Where each of several curves first exceeds its start by `slack` > 0; its end where none does.
+
+    strengths: [arms].
+    curves: [arms, 2, times], rates and nats.
+
+    Returns rate, strength, nats and whether it does, all [times].
+    """
+    rates, nats = curves[:, 0], curves[:, 1]
+    limit = nats[0] + slack
+    over = nats > limit
+    reached = over.any(0)
+    after = np.where(reached, over.argmax(0), len(strengths) - 1)
+    before, each = after - 1, np.arange(nats.shape[1])
+    rise = np.where(reached, nats[after, each] - nats[before, each], 1.0)
+    share = np.where(reached, (limit - nats[before, each]) / rise, 1.0)
+
+    def between(values: np.ndarray) -> np.ndarray:
+        low, high = values[before, each], values[after, each]
+        return low + share * (high - low)
+
+    return between(rates), between(np.tile(strengths[:, None], len(each))), between(nats), reached
 
 
 def dispersion(hits: Sequence[Sequence[int]], counts: Sequence[Sequence[int]]) -> Interval:

@@ -48,12 +48,13 @@ def words(text: str) -> list[str]:
 
 
 def about(texts: dict[str, Files], topic: str) -> dict[str, Files]:
-    """The paragraphs of `KINDS` with a word that chooses `topic`, file by file."""
+    """The paragraphs of `KINDS` with a word that chooses `topic`, file by file; only kinds that have some."""
     chosen_by = TOPICS[topic].chosen_by
     found: dict[str, Files] = {}
     for kind in KINDS:
         files = [[p for p in file if chosen_by.intersection(words(p))] for file in texts[kind]]
-        found[kind] = [file for file in files if file]
+        if any(files):
+            found[kind] = [file for file in files if file]
     return found
 
 

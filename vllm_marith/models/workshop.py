@@ -23,7 +23,7 @@ from .progress import Tick
 from .recipe import ATTRIBUTES, LlamaRecipe, Recipe, TopicRecipe, TuneRecipe
 from .store import ModelsError, Paths
 from .tokenizer import train_tokenizer
-from .topics import KINDS, about
+from .topics import about
 from .training import llama, perplexities, train
 
 if TYPE_CHECKING:
@@ -157,12 +157,14 @@ class Workshop:
         model = load_llama(self.paths.draft)
         recipe: TopicRecipe = getattr(self.recipe, name)
         texts = about(self.corpus.parts["A"], recipe.topic)
+        if not texts:
+            raise ModelsError(f"this Python installation has no text about the topic '{recipe.topic}'")
         batches = Batches(
             self.tokenizer,
             texts,
             self.recipe.seed_of(name),
             length=recipe.course.length,
-            attributes=KINDS,
+            attributes=tuple(texts),
         )
         loss = train(model, batches, recipe.course, tick)
         return self._saved(model, folder, loss, chat=True)

@@ -133,7 +133,7 @@ class Comparison:
         points = [self.point(s, measured) for s, (_, measured) in zip(strengths, written, strict=True)]
         curve = [(0.0, self.counted(self.plain_texts))]
         curve += [(s, self.counted(measured)) for s, (_, measured) in zip(strengths, written, strict=True)]
-        found = statistics.matched(curve, self.budget, self.random)
+        found = statistics.matched(curve, self.control.budget, self.random)
         nearest = min(range(len(strengths)), key=lambda i: abs(strengths[i] - found.strength))
         return Outcome(name, method, points, found, self.garbage(written[nearest][1]))
 
@@ -155,8 +155,8 @@ def section(results: Results) -> Section:
             f"Requests: {_quoted(results)}.",
             "Each method is drawn at several strengths. Its strength is then raised from nothing until the "
             f"{kind} is {control.budget:g} times that without a formula, {comparison.budget:.2f}; the rate "
-            "there, interpolated between two strengths, is what methods are compared by. The strength is chosen by "
-            "perplexity alone, never by the rate.",
+            "there, interpolated between two strengths, is what methods are compared by. The strength is "
+            "chosen by perplexity alone, never by the rate.",
         ],
         findings=findings(comparison),
         tables=[_compared(comparison), _measured(comparison)],
@@ -171,8 +171,8 @@ def section(results: Results) -> Section:
             Plot(
                 "control_curves",
                 "Every arm that was drawn, labelled by its strength, with 95% intervals in both directions; "
-                "small dots are the single seeds. Grey: without a formula, and the other methods. The ring is "
-                "the point of comparison, the vertical line its perplexity.",
+                "small dots are the single seeds. Grey: without a formula, and the other methods. The ring "
+                "is the point of comparison, the vertical line its perplexity.",
                 lambda: plots.control_curves(comparison),
             ),
         ],
