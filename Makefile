@@ -3,13 +3,14 @@
 # test   everything that CI runs
 # lint   ruff and mypy
 # bench  cost and throughput of formulas, and of the kernels alone, measured here
+# eval   what formulas do to texts, measured here, with a report; EVAL_ARGS=--quick for a sixth of the texts
 # fuzz   hostile requests by the hundred thousand (FUZZ_ARGS)
 # soak   a server under mixed load, aborts and preemption, every answer checked (SOAK_ARGS)
 # check-vllm  the ledger of touched vLLM symbols against VLLM, wheels or the word `installed`
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup demo test lint bench fuzz soak check-vllm
+.PHONY: setup demo test lint bench eval fuzz soak check-vllm
 
 setup:
 	@scripts/setup
@@ -28,6 +29,9 @@ lint: setup
 bench: setup
 	@.venv/bin/marith bench $(BENCH_ARGS)
 	@$(PYTHON) scripts/bench_kernels.py
+
+eval: setup
+	@.venv/bin/marith eval $(EVAL_ARGS)
 
 FUZZ_ARGS ?= --guided 300000
 fuzz: setup

@@ -72,7 +72,7 @@ def ranked(comparison: Comparison) -> Figure:
                 found.value, row, "o", ms=6.5, mec=COLOURS[0], mfc=fill, mew=1.6, clip_on=False, zorder=5
             )
         axes.set_yticks(range(len(outcomes)), [outcome.name for outcome in outcomes])
-        axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="y", length=0, pad=8)
         axes.set_ylim(-0.6, len(outcomes) - 0.4)
         axes.set_xlim(left=0)
         axes.annotate(
@@ -182,7 +182,7 @@ def pairs(found: Sequence[Cell]) -> Figure:
                 )
                 axes.plot(interval.value, row, "o", color=colour, ms=6, clip_on=False, zorder=5)
             axes.set_yticks(range(4), names)
-            axes.tick_params(axis="y", length=0)
+            axes.tick_params(axis="y", length=0, pad=8)
             axes.set_ylim(3.6, -0.6)
             axes.set_xlim(0, 1.05 * highest)
             axes.set_title(f"{a} and {b}")

@@ -148,6 +148,7 @@ def section(results: Results) -> Section:
 
     comparison = Comparison(results)
     control = comparison.control
+    said = findings(comparison)
     kind = "perplexity relative to real text of the same kind" if results.relative else "perplexity"
     return Section(
         title=f"Less {control.unwanted} text, at the same fluency",
@@ -158,7 +159,8 @@ def section(results: Results) -> Section:
             "there, interpolated between two strengths, is what methods are compared by. The strength is "
             "chosen by perplexity alone, never by the rate.",
         ],
-        findings=findings(comparison),
+        findings=said,
+        headline=said[:2],
         tables=[_compared(comparison), _measured(comparison)],
         plots=[
             Plot(

@@ -90,6 +90,7 @@ def section(results: Results) -> Section:
     cross = results.scenario.cross
     assert cross is not None
     found = cells(results)
+    said = findings(found)
     random = np.random.default_rng(0)
     asked = [f"{axis} as asked" for axis in (cross.first.axis, cross.second.axis)]
     header = ["asked for", "formula", *asked, "both", "perplexity"]
@@ -111,7 +112,8 @@ def section(results: Results) -> Section:
             f"({_summands(cross.first.summands)}), for one {cross.second.axis} "
             f"({_summands(cross.second.summands)}), or for both."
         ],
-        findings=findings(found),
+        findings=said,
+        headline=said[-1:],
         tables=[Table("Where both are asked for", header, rows)],
         plots=[
             Plot(
@@ -137,11 +139,10 @@ def findings(found: list[Cell]) -> list[str]:
         said.append(
             f"{told}: clearly more." if cell.joint else f"{told}: not clearly more than all of these."
         )
-    joint = sum(cell.joint for cell in found)
+    joint = [" and ".join(cell.labels) for cell in found if cell.joint]
     said.append(
-        f"The attributes combine in {'all' if joint == len(found) else joint} of {len(found)} pairs."
-        if joint
-        else "The attributes combine in no pair."
+        "Asking for two attributes gives clearly more texts with both than asking for either in "
+        f"{len(joint)} of {len(found)} pairs" + (f": {'; '.join(joint)}." if joint else ".")
     )
     return said
 

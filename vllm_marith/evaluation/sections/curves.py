@@ -60,6 +60,7 @@ def section(results: Results) -> Section:
     curves = results.scenario.curves
     assert curves is not None
     found = rates(results)
+    said = findings(curves, found)
     header = ["weight varied", "value", *curves.weights.values(), "perplexity"]
     return Section(
         title="Fine-grained control",
@@ -67,7 +68,8 @@ def section(results: Results) -> Section:
             f"One formula, {curves.formula}. One weight at a time takes the values {_values(curves)}, the "
             f"others stay at {curves.others:g}."
         ],
-        findings=findings(curves, found),
+        findings=said,
+        headline=said[-1:],
         tables=[Table("Rates by weight", header, _rows(results, curves, found))],
         plots=[
             Plot(
@@ -101,12 +103,19 @@ def findings(curves: Curves, found: Rates) -> list[str]:
             if other != label
         ]
         said.append(f"{sentence}. Meanwhile {phrases.listing(others)}.")
-    follow = [label for varied, label in curves.weights.items() if _follows(found[varied][label])]
-    if len(follow) == len(curves.weights):
-        said.append(f"All {len(follow)} attributes follow their own weight.")
-    else:
-        lost = [label for label in curves.weights.values() if label not in follow]
-        said.append(f"Not every attribute follows its own weight: {phrases.listing(lost)} do not.")
+    by_own_weight = {label: found[varied][label] for varied, label in curves.weights.items()}
+    lost = [label for label, course in by_own_weight.items() if not _follows(course)]
+    span = f"from a weight of {values[0]:g} to one of {values[-1]:g}"
+    told = [
+        f"{label} goes from {phrases.rate(course[0])} to {phrases.rate(course[-1])}"
+        for label, course in by_own_weight.items()
+    ]
+    said.append(
+        f"Not every attribute follows its own weight, {span}; what does not: {phrases.listing(lost)}. "
+        f"The rate of {phrases.listing(told)}."
+        if lost
+        else f"Every attribute follows its own weight: {span}, the rate of {phrases.listing(told)}."
+    )
     return said
 
 

@@ -38,10 +38,12 @@ class Section:
     Attributes:
         how: what was done, in sentences.
         findings: what came out, in sentences that were made from the numbers.
+        headline: those of them that stand at the report's beginning.
     """
 
     title: str
     how: Sequence[str]
     findings: Sequence[str]
+    headline: Sequence[str]
     tables: Sequence[Table] = field(default_factory=list)
     plots: Sequence[Plot] = field(default_factory=list)

@@ -56,6 +56,7 @@ def section(results: Results) -> Section:
     stress = results.scenario.stress
     assert stress is not None
     found = levels(results)
+    said = findings(found)
     rows = [
         [str(level.depth), phrases.number(level.perplexity), phrases.rate(level.repetition)]
         for level in found
@@ -69,7 +70,8 @@ def section(results: Results) -> Section:
             f"{stress.tokens} tokens. Repetition is the share of runs of three tokens that occurred before "
             "in the text."
         ],
-        findings=findings(found),
+        findings=said,
+        headline=said,
         tables=[Table("By depth", ["depth", "perplexity", "repetition"], rows)],
         plots=[
             Plot(
