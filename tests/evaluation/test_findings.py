@@ -186,6 +186,17 @@ def test_attributes_combine_or_not(embedded: Scenario) -> None:
     assert said[-1].endswith("in 0 of 4 pairs.")
 
 
+def test_both_must_beat_the_better_one_alone(embedded: Scenario) -> None:
+    def outcome(key: str) -> Outcome:
+        asked = key.split("/")[1:] if key.startswith("cross/") else []
+        share = {0: 0.01, 1: 0.5, 2: 0.54}[len(asked)]
+        return Outcome({"kind": {"prose": share}, "topic": {"files": share}})
+
+    said = cross.findings(cross.cells(made_up(embedded, outcome)))
+    assert said[0].startswith("Asking for prose and files gives both in 54%")
+    assert said[0].endswith("the better of the two alone 50% [42, 58]: not clearly more than all of these.")
+
+
 # ----------------------------------------------------------------------------------------------------- stress
 
 

@@ -107,7 +107,7 @@ def test_force_makes_only_what_is_named(begun: Path, recipe: Recipe, monkeypatch
 def test_a_changed_recipe_remakes_exactly_what_depends_on_it() -> None:
     changed = replace(RECIPE, big=replace(RECIPE.big, course=replace(RECIPE.big.course, steps=7)))
     outdated = {name for name in ARTEFACTS if changed.fingerprint(name) != RECIPE.fingerprint(name)}
-    assert outdated == {"big", "draft", "expert", "anti", "lora_legal"}
+    assert outdated == {"big", "draft", "expert", "anti", "lora_legal", "files", "network"}
     assert all(replace(RECIPE, seed=9).fingerprint(name) != RECIPE.fingerprint(name) for name in ARTEFACTS)
 
 
