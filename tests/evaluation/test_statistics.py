@@ -85,17 +85,21 @@ def test_matching_interpolates_in_the_logarithm() -> None:
     assert found.rate.low < 0.325 < found.rate.high
 
 
-def test_matching_stops_at_the_first_crossing_however_good_what_follows() -> None:
+def test_the_strongest_within_the_budget_counts_however_good_what_is_weaker() -> None:
     back = [
         (0.0, texts(60, 100)),
-        (1.0, texts(48, 100, nats=2.5)),
-        (2.0, texts(0, 100, nats=1.0)),
+        (1.0, texts(0, 100, nats=2.5)),
+        (2.0, texts(40, 100, nats=1.2)),
+        (3.0, texts(50, 100, nats=3.2)),
+        (4.0, texts(5, 100, nats=3.4)),
     ]
     found = matched(back, math.e, np.random.default_rng(0))
-    assert (found.strength, found.rate.value) == (pytest.approx(2 / 3), pytest.approx(0.52))
+    assert found.reached
+    assert (found.strength, found.rate.value) == (pytest.approx(2.4), pytest.approx(0.44))
+    assert 0.3 < found.rate.low < 0.44 < found.rate.high < 0.6
 
 
-def test_below_the_budget_the_strongest_counts() -> None:
+def test_what_never_leaves_the_budget_is_compared_at_its_strongest() -> None:
     curve = [(0.0, texts(60, 100)), (1.0, texts(0, 100, nats=0.5)), (2.0, texts(20, 100, nats=0.9))]
     found = matched(curve, 1.25, np.random.default_rng(0))
     assert not found.reached

@@ -108,13 +108,13 @@ def mean(values: np.ndarray, random: np.random.Generator) -> Interval:
 
 @dataclass(frozen=True)
 class Matched:
-    """Where a method's curve meets the budget.
+    """Where a method's curve is last within the budget.
 
     Attributes:
         rate: there.
         strength: there, interpolated.
-        perplexity: there: the budget, or what the strongest arm has where all stay below it.
-        reached: whether the curve reaches the budget.
+        perplexity: there: the budget, or what the strongest arm has where that is within it.
+        reached: whether stronger arms are beyond the budget.
     """
 
     rate: Interval
@@ -124,7 +124,7 @@ class Matched:
 
 
 def matched(curve: Sequence[tuple[float, Texts]], multiple: float, random: np.random.Generator) -> Matched:
-    """The rate at the first strength whose perplexity is `multiple` times that of the arm without any.
+    """The rate at the strongest strength whose perplexity is within `multiple` times that without any.
 
     curve: (strength, texts) by strength, the first of them the arm without any.  Between two strengths,
         rate and strength are linear in the logarithm of the perplexity.  The strength is chosen by
@@ -134,29 +134,29 @@ def matched(curve: Sequence[tuple[float, Texts]], multiple: float, random: np.ra
     strengths = np.array([strength for strength, _ in curve])
     measured = np.array([[texts.rate, texts.nats] for _, texts in curve])[:, :, None]  # [arms, 2, 1]
     value, strength, level, reached = (
-        found.item() for found in _crossing(strengths, measured, math.log(multiple))
+        found.item() for found in _strongest(strengths, measured, math.log(multiple))
     )
     drawn = np.stack([replicates(texts, random) for _, texts in curve])  # [arms, 2, times]
-    others, *_ = _crossing(strengths, drawn, math.log(multiple))
+    others, *_ = _strongest(strengths, drawn, math.log(multiple))
     return Matched(_percentiles(value, others), strength, math.exp(level), reached)
 
 
-def _crossing(strengths: np.ndarray, curves: np.ndarray, slack: float) -> tuple[np.ndarray, ...]:
-    """Where each of several curves first exceeds its start by `slack` > 0; its end where none does.
+def _strongest(strengths: np.ndarray, curves: np.ndarray, slack: float) -> tuple[np.ndarray, ...]:
+    """Where each of several curves is last within its start plus `slack` > 0.
 
     strengths: [arms].
     curves: [arms, 2, times], rates and nats.
 
-    Returns rate, strength, nats and whether it does, all [times].
+    Returns rate, strength, nats and whether the curve goes beyond that, all [times].
     """
     rates, nats = curves[:, 0], curves[:, 1]
     limit = nats[0] + slack
-    over = nats > limit
-    reached = over.any(0)
-    after = np.where(reached, over.argmax(0), len(strengths) - 1)
-    before, each = after - 1, np.arange(nats.shape[1])
+    last = len(strengths) - 1
+    before = last - (nats <= limit)[::-1].argmax(0)  # the start is within, always
+    reached = before < last
+    after, each = np.minimum(before + 1, last), np.arange(nats.shape[1])
     rise = np.where(reached, nats[after, each] - nats[before, each], 1.0)
-    share = np.where(reached, (limit - nats[before, each]) / rise, 1.0)
+    share = np.where(reached, (limit - nats[before, each]) / rise, 0.0)
 
     def between(values: np.ndarray) -> np.ndarray:
         low, high = values[before, each], values[after, each]

@@ -151,13 +151,12 @@ def section(results: Results) -> Section:
     said = findings(comparison)
     kind = "perplexity relative to real text of the same kind" if results.relative else "perplexity"
     return Section(
-        title=f"Less {control.unwanted} text, at the same fluency",
+        title=f"Less {control.unwanted} text, at the same perplexity",
         how=[
             f"Requests: {_quoted(results)}.",
-            "Each method is drawn at several strengths. Its strength is then raised from nothing until the "
-            f"{kind} is {control.budget:g} times that without a formula, {comparison.budget:.2f}; the rate "
-            "there, interpolated between two strengths, is what methods are compared by. The strength is "
-            "chosen by perplexity alone, never by the rate.",
+            f"Each method is drawn at several strengths and compared at the strongest whose {kind} is within "
+            f"{control.budget:g} times that without a formula, {comparison.budget:.2f}, interpolated between "
+            "two that were drawn. The strength is chosen by perplexity alone, never by the rate.",
         ],
         findings=said,
         headline=said[:2],
@@ -165,9 +164,9 @@ def section(results: Results) -> Section:
         plots=[
             Plot(
                 "control_ranked",
-                f"Rate of {control.unwanted} text at a perplexity of {comparison.budget:.2f}, with 95% "
-                "intervals; the band is the rate without a formula. Hollow: the method's strongest arm stays "
-                "below that perplexity.",
+                f"Rate of {control.unwanted} text within a perplexity of {comparison.budget:.2f}, with 95% "
+                "intervals; the band is the rate without a formula. Hollow: the method's strongest arm is "
+                "within that perplexity.",
                 lambda: plots.ranked(comparison),
             ),
             Plot(
@@ -191,7 +190,7 @@ def findings(comparison: Comparison) -> list[str]:
     rates = {outcome.name: outcome.compared for outcome in comparison.ranked}
     if rates:
         said.append(
-            f"At a perplexity of {comparison.budget:.2f}, "
+            f"Within a perplexity of {comparison.budget:.2f}, "
             + phrases.ranking(rates, least=f"leaves the least {control.unwanted} text")
         )
         idle = [name for name, found in rates.items() if not found.below(plain.rate)]
@@ -204,8 +203,8 @@ def findings(comparison: Comparison) -> list[str]:
     below = [o.name for o in comparison.ranked if o.matched and not o.matched.reached]
     if below:
         said.append(
-            "Below that perplexity at every strength that was drawn, and so compared at the strongest, "
-            f"which need not be the most they can do: {phrases.listing(below)}."
+            "Within that perplexity even at the strongest that was drawn, which need not be the most they "
+            f"can do: {phrases.listing(below)}."
         )
     spent = [o for o in comparison.ranked if o.garbage is not None and o.garbage > MUCH]
     if spent:
