@@ -115,7 +115,7 @@ def control_curves(comparison: Comparison) -> Figure:
             axes.set_xlim(lowest / 1.08, min(highest * 1.08, 12 * comparison.plain.perplexity.value))
             axes.set_ylim(0, 1.04 * max(p.rate.high for o in outcomes for p in [comparison.plain, *o.points]))
             _percent(axes.yaxis)
-            _plain_log(axes, axes.xaxis)
+            plain_log(axes, axes.xaxis)
         relative = "relative perplexity" if comparison.results.relative else "perplexity"
         figure.supxlabel(f"{relative} (log scale)", fontsize=9)
         figure.supylabel(f"{comparison.control.unwanted} text, share", fontsize=9)
@@ -213,7 +213,7 @@ def stress(found: Sequence[Level], relative: bool) -> Figure:
             axes.set_xticks(depths)
         left.set_yscale("log")
         left.set_ylim(top=1.2 * max(level.perplexity.high for level in found))
-        _plain_log(left, left.yaxis)
+        plain_log(left, left.yaxis)
         right.set_ylim(0, max(0.04, 1.1 * max(level.repetition.high for level in found)))
     return figure
 
@@ -326,7 +326,7 @@ def _percent(axis: Any) -> None:
     axis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
-def _plain_log(axes: Axes, axis: Any) -> None:
+def plain_log(axes: Axes, axis: Any) -> None:
     """Few ticks, written as plain numbers."""
     low, high = axes.get_xlim() if axis is axes.xaxis else axes.get_ylim()
     axis.set_ticks([t * 10.0**e for e in range(-2, 6) for t in (1, 2, 5) if low <= t * 10.0**e <= high])
