@@ -280,6 +280,9 @@ def eval_(
     for package in ("matplotlib", "jinja2"):  # said before minutes are spent
         if find_spec(package) is None:
             raise UserError(f"the report needs {package}; pip install 'vllm-marith[eval]' brings it")
+    for file in filter(None, (report, results, figures)):
+        if not file.resolve().parent.is_dir():
+            raise UserError(f"there is no folder {file.resolve().parent} to write {file.name} to")
     if again is None and find_spec("vllm") is None:
         raise UserError("it needs vLLM; pip install 'vllm-marith[cpu]' or 'vllm-marith[cuda]' brings it")
     try:
@@ -299,17 +302,18 @@ def eval_(
                 found = evaluate(chosen, sizes, home)
             except UnsupportedError as error:
                 raise UserError(str(error)) from error
-            if results is not None:
-                found.save(results)
-        from vllm_marith.evaluation.report import html, summary, write_figures
-        from vllm_marith.evaluation.sections import sections
+    except ScenarioError as error:
+        raise UserError(str(error)) from None
+    from vllm_marith.evaluation.report import html, summary, write_figures
+    from vllm_marith.evaluation.sections import sections
 
-        parts = sections(found)
+    parts = sections(found)
+    try:
+        if results is not None and again is None:
+            found.save(results)
         report.write_text(html(found, parts), encoding="utf-8")
         if figures is not None:
             write_figures(parts, figures)
-    except ScenarioError as error:
-        raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
     Console().print(summary(parts), highlight=False, markup=False)

@@ -14,7 +14,7 @@ import yaml
 
 from tests.support import judges
 from vllm_marith import cli
-from vllm_marith.evaluation import Results, Scenario, ScenarioError
+from vllm_marith.evaluation import Results, Scenario, ScenarioError, Sizes, evaluate
 from vllm_marith.evaluation.judging import classifier, repetition
 from vllm_marith.evaluation.scenario import Arm
 from vllm_marith.evaluation.writing import Writer
@@ -105,6 +105,7 @@ def test_a_model_of_ones_own(
             ["--scenario", "FILE", "--model", "x"],
             "nobody judges 'tone'; --judge tone=CLASSIFIER names who does",
         ),
+        (["--report", "/nowhere/report.html"], "there is no folder /nowhere to write report.html to"),
         (["--judge", "tone"], "--judge is NAME=MODEL"),
         (["--seeds", "1,x"], "--seeds are whole numbers"),
         (["--seeds", "1,1"], "--seeds has a seed twice"),
@@ -122,6 +123,20 @@ def test_a_mistake_is_a_sentence(
         cli.main()
     assert stopped.value.code == 1
     assert said in capsys.readouterr().err
+
+
+def test_an_engine_that_does_not_start_is_a_sentence(
+    file: Path, judge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(scenario: Scenario, paths: object) -> None:
+        raise ValueError("1 validation error for ModelConfig\n  Invalid repository ID: '/nowhere'")
+
+    monkeypatch.setattr(Writer, "start", refused)
+    scenario = Scenario.load(file).with_models("/nowhere", judges={"tone": str(judge)})
+    with pytest.raises(
+        ScenarioError, match=r"the engine does not start: .* ModelConfig Invalid repository ID"
+    ):
+        evaluate(scenario, Sizes(2))
 
 
 def test_a_missing_package_is_said_before_anything_is_made(

@@ -56,7 +56,11 @@ def evaluate(
 
     started = time.monotonic()
     with console.status("Starting vLLM ..."):
-        writer = Writer.start(scenario, paths)
+        try:
+            writer = Writer.start(scenario, paths)
+        except (OSError, ValueError) as error:  # a model that is not there, mostly
+            reason = " ".join(str(error).split())
+            raise ScenarioError(f"the engine does not start: {reason[:400]}") from error
     console.print(f"vLLM started in {time.monotonic() - started:.0f} s.", highlight=False)
     measured = _write(writer, readers, wanted, sizes, console)
     real = readers.real(scenario, sizes.samples * len(sizes.seeds)) if paths else {}

@@ -262,7 +262,7 @@ def _compared(comparison: Comparison) -> Table:
         rows.append(
             [
                 o.name,
-                o.method.formula,
+                o.method.formula + (f" ({o.method.note})" if o.method.note else ""),
                 f"{found.strength:.2f}" if found else "",
                 ("yes" if found.reached else "no") if found else "",
                 f"{found.perplexity if found else o.points[0].perplexity.value:.2f}",
