@@ -18,7 +18,7 @@ from vllm_marith import Formula
 
 LOGPROB_TOLERANCE = 1e-4
 LENGTH = 16
-ROWS = {"roomy": 96, "cramped": 24}
+ROWS = {"roomy": 96, "cramped": 24, "speculative": 96}
 ENGINES = {
     "roomy": dict(max_num_seqs=ROWS["roomy"]),
     # Prompts are computed in many chunks, groups wait for rows and are preempted for blocks.
@@ -28,15 +28,21 @@ ENGINES = {
         num_gpu_blocks_override=28,
         structured_outputs_config={"backend": "guidance"},  # the roomy one has vLLM's default, xgrammar
     ),
+    # The terms of factor 1 draft three tokens, which all terms then check.
+    "speculative": dict(max_num_seqs=ROWS["speculative"], marith={"speculative": 3}),
 }
 in_every_engine = pytest.mark.parametrize("engine", ENGINES, indirect=True)
-roomy = pytest.mark.parametrize("engine", ["roomy"], indirect=True)
+without_drafts = pytest.mark.parametrize("engine", ["roomy", "cramped"], indirect=True)
+roomy = pytest.mark.parametrize("engine", ["roomy", "speculative"], indirect=True)
 cramped = pytest.mark.parametrize("engine", ["cramped"], indirect=True)
 
 TERMS = {
     "a": {},
-    "b": {"system": "You are an adult who writes long letters about the law, and about nothing else."},
-    "c": {"prompt": "Always talk about magic.\n{input} so"},
+    "b": {
+        "system": "You are an adult who writes long letters about the law, and about nothing else.",
+        "speculative_factor": 4,
+    },
+    "c": {"prompt": "Always talk about magic.\n{input} so", "speculative_factor": 4},
 }
 TEXT = "The value of the expression is"
 
@@ -78,9 +84,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(model: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
-    limits = {"limits": {"max_terms": 64}}
-    options = ENGINES[request.param]
-    with engines.engine(model, max_logprobs=-1, additional_config={"marith": limits}, **options) as llm:
+    options: dict[str, Any] = dict(ENGINES[request.param])
+    settings = {"limits": {"max_terms": 64}, **options.pop("marith", {})}
+    with engines.engine(model, max_logprobs=-1, additional_config={"marith": settings}, **options) as llm:
         yield llm
 
 
@@ -246,10 +252,12 @@ every_feature = pytest.mark.parametrize("asked", FEATURES.values(), ids=list(FEA
 @every_feature
 @pytest.mark.parametrize(("job", "row"), [(LINEAR, linear_row), (UNION, union_row)], ids=["linear", "union"])
 def test_sampler_acts_on_the_formula(
-    llm: Any, model: Path, job: Job, row: Row, asked: dict[str, Any]
+    llm: Any, model: Path, job: Job, row: Row, asked: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
     """The repetition penalty too, which divides positive logits and multiplies negative ones and so needs to
     know where zero is: rows stay on the scale of the leader's raw logits."""
+    if request.node.callspec.params["engine"] == "speculative":
+        asked = asked | dict(temperature=0)  # rounds draw other noise than vLLM's sampler does
     found = tokens_of(llm, job, max_tokens=LENGTH, **asked)
     length, leader = len(found), ids_of(job)["a"]
     assert length == LENGTH or found[-1] == EOS
@@ -344,7 +352,7 @@ def test_end_of_sequence_ends_the_group(llm: Any) -> None:
 # ------------------------------------------------------------------------------------------ seeds, n
 
 
-@in_every_engine
+@without_drafts
 def test_seeds(llm: Any, model: Path, request: pytest.FixtureRequest) -> None:
     """One number of a seed a token, however many steps its group took and whatever ran beside it."""
     jobs = [
@@ -366,7 +374,7 @@ def test_seeds(llm: Any, model: Path, request: pytest.FixtureRequest) -> None:
             assert found != tokens_of(llm, job, **dict(asked[i], seed=1000))
 
 
-@in_every_engine
+@without_drafts
 @pytest.mark.parametrize("seed", [None, 40])
 def test_several_completions(llm: Any, model: Path, seed: int | None) -> None:
     output = generate(llm, UNION, n=3, temperature=1.0, seed=seed, max_tokens=12, ignore_eos=True)

@@ -25,6 +25,9 @@ CORE = {
     "members": [(2, 1), (3, 4)],
     "fused_rows": [(6, 10)],
     "tokens": [("custom", 7), ("steer", 50)],
+    "steps": [("steer", 20)],
+    "drafted": [("steer", 60)],
+    "accepted": [("steer", 30)],
 }
 READ: dict[str, Any] = {"texts": 40, "hits": 5, "batches": 2, "seconds": 0.125}
 WORKERS: list[dict[str, Any]] = [
@@ -78,6 +81,9 @@ def test_a_scrape_asks_every_engine(http: TestClient) -> None:
     for what, value in READ.items():
         assert found[f'classifier_{what}_total{{classifier="tone",engine="0"}}'] == value
     assert found['generation_tokens_total{engine="0",formula="steer"}'] == 50
+    assert found['formula_steps_total{engine="0",formula="steer"}'] == 20
+    assert found['draft_tokens_total{engine="0",formula="steer"}'] == 60
+    assert found['accepted_draft_tokens_total{engine="0",formula="steer"}'] == 30
     again = scrape(http)
     assert again['generation_tokens_total{engine="0",formula="steer"}'] == 100
     assert again['fused_rows_count{engine="1"}'] == 20

@@ -22,6 +22,10 @@ BANS = "marith_bans"
 """An attribute of a step's ``SchedulerOutput`` if leaders must not draw certain tokens in it: leader's id ->
 `Bans`.  For the V1 model runner, which keeps the parameters that a request first came with."""
 
+DRAFTS = "marith_drafts"
+"""An attribute of a step's ``SchedulerOutput`` where groups draft: leader's id -> how many tokens the worker
+proposes at the end of the step."""
+
 Bans = tuple[list[int], int | None]
 """(token ids, seed for the leader's generator from this step on, None for a request without a seed)."""
 
@@ -173,6 +177,7 @@ class MemberTag:
         banned_at: ... when its sequence, prompt included, has this length.  For the V2 model runner, which
             is sent the tag again after every preemption; see `BANS` for the other.
         constituent: the number of the base model that the member runs on.
+        drafter, drafts, draft_lengths: as in `GroupSpec`; empty for followers.
     """
 
     group: str

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from . import patches
+from . import patches, speculation
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,11 +51,12 @@ def register() -> None:
                 check_version()
                 patches.shield_llvmlite()
                 self.logits_processors = [PROCESSOR if p in named else p for p in processors]
-                config = create_engine_config(self, *args, **kwargs)
+                with speculation.configured(self):
+                    config = create_engine_config(self, *args, **kwargs)
                 enable(config)
                 if _is_server(args, kwargs):
                     _enable_serving(config, self.served_model_name or [self.model])
-            except UnsupportedError as error:
+            except (UnsupportedError, speculation.ConfigurationError) as error:
                 if _is_server(args, kwargs):
                     # One sentence for the operator; a traceback of vLLM's start says nothing more.
                     raise SystemExit(f"marith: {error}") from None
@@ -77,6 +78,7 @@ def enable(config: VllmConfig) -> None:
     from .classifiers import read_cards
     from .settings import Settings
 
+    speculation.mark(config)
     check_options(config)
     _check_ledger("v2" if config.use_v2_model_runner else "v1")
     try:
@@ -167,7 +169,7 @@ def check_options(config: VllmConfig) -> None:
         (model.is_encoder_decoder, "encoder-decoder models cannot serve formulas"),
         (model.is_hybrid or model.is_attention_free, "models with Mamba layers cannot serve formulas yet"),
         (model.is_diffusion, "diffusion models cannot serve formulas"),
-        (config.speculative_config is not None, "--speculative-config cannot be combined with formulas"),
+        *speculation.refusals(config),
         (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size must be 1 to serve formulas"),
         (
             parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,

@@ -82,6 +82,19 @@ class Metrics:
             "Tokens of ended requests, by preset; `custom` is any other formula.",
             [*_ENGINE, "formula"],
         )
+        self.steps = Counter(
+            "vllm_marith:formula_steps",
+            "Steps of formulas on a server that speculates: each term of the formula ran once in each.",
+            [*_ENGINE, "formula"],
+        )
+        self.drafted = Counter(
+            "vllm_marith:draft_tokens",
+            "Tokens that formulas drafted: the drafting terms ran once more for each.",
+            [*_ENGINE, "formula"],
+        )
+        self.accepted = Counter(
+            "vllm_marith:accepted_draft_tokens", "Those of them that stood.", [*_ENGINE, "formula"]
+        )
         self.refused = Counter(
             "vllm_marith:requests_refused",
             "Requests answered with HTTP 400 on account of their formula.",
@@ -108,8 +121,14 @@ class Metrics:
             for value, times in core[name]:
                 for _ in range(times):
                     child.observe(value)
-        for formula, tokens in core["tokens"]:
-            self.tokens.labels(label, formula).inc(tokens)
+        for by_formula, name in (
+            (self.tokens, "tokens"),
+            (self.steps, "steps"),
+            (self.drafted, "drafted"),
+            (self.accepted, "accepted"),
+        ):
+            for formula, number in core[name]:
+                by_formula.labels(label, formula).inc(number)
         # Tensor-parallel workers fuse the same rows at the same time.
         if workers:
             self.fusion_seconds.labels(label).inc(workers[0]["fusion_seconds"])

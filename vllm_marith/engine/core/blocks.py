@@ -60,10 +60,11 @@ class BlockAccount:
         # One block is vLLM's null block.  A group also has to get in again when it was preempted at
         # its full length, and vLLM keeps a watermark free when it admits beside running requests.
         usable = self._manager.block_pool.num_gpu_blocks - 1 - self._manager.watermark_blocks
+        drafts = self._most_tokens() - 1
 
         def need(num_generated: int) -> int:
             # The last token is never computed.
-            lengths = [length + num_generated - 1 for length in prompt_lengths]
+            lengths = [self._within(length + num_generated - 1 + drafts) for length in prompt_lengths]
             return sum(map(self._to_hold, lengths, constituents))
 
         if limit < 1 or need(limit) <= usable:
@@ -90,28 +91,42 @@ class BlockAccount:
             num_late: requests of one token that vLLM admits after the running ones.
         """
         scheduler, sizes, free = self._scheduler, self._block_sizes, self.free()
+        lookahead, most = scheduler.num_lookahead_tokens, self._most_tokens()
+        a_row = sum(cdiv(most, size) for size in sizes)
         if num_late:
-            free -= num_late * len(sizes) + self._manager.watermark_blocks
+            free -= num_late * a_row + self._manager.watermark_blocks
         running = scheduler.running
         budget = scheduler.max_num_scheduled_tokens
         prefill = min(budget, sum(map(remaining, scheduler._inflight_prefills)))
-        # A decoding row takes one new block at most, a prefill one more than its tokens fill.
-        if len(running) * len(sizes) + sum(cdiv(prefill, size) for size in sizes) <= free:
+        # A decoding row takes one new block at most (more with drafts), a prefill one more than its tokens
+        # fill.
+        if len(running) * a_row + sum(cdiv(prefill, size) for size in sizes) <= free:
             return True
         for request in running:
             computed = request.num_computed_tokens
             if decodes(request):
                 if reaches_end(request):
                     continue
-                num_tokens = 1
-                free -= sum(computed % size == 0 for size in self._sizes_of(request))
+                num_tokens = 1 + len(request.spec_token_ids)
+                if most == 1:
+                    free -= sum(computed % size == 0 for size in self._sizes_of(request))
+                else:
+                    free -= self._to_reach(request, self._within(computed + num_tokens + lookahead))
             else:
                 unheld = remaining(request) - (request.request_id in held)
                 num_tokens = max(0, min(unheld, budget))
                 if num_tokens:
-                    free -= self._to_reach(request, computed + num_tokens)
+                    free -= self._to_reach(request, self._within(computed + num_tokens + lookahead))
             budget -= num_tokens
         return free >= 0
+
+    def _most_tokens(self) -> int:
+        """Tokens that a decoding row may want slots for in a step: its last, drafts, and those to come."""
+        scheduler = self._scheduler
+        return 1 + scheduler.num_spec_tokens + scheduler.num_lookahead_tokens
+
+    def _within(self, num_tokens: int) -> int:
+        return min(num_tokens, self._scheduler.max_model_len)
 
     def _to_reach(self, request: Request, num_tokens: int) -> int:
         """Blocks still to be allocated for a request to hold `num_tokens` tokens."""

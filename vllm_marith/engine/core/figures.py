@@ -27,6 +27,9 @@ class CoreFigures:
         tokens: generated tokens by label, counted when a request ends.
         preempted: groups that were preempted.
         failed: requests with a formula that ended with an error, by `Cause`.
+        steps: where formulas may draft, their steps by label: in each, every term that counts runs once.
+        drafted: tokens that partial formulas proposed, by label: for each, the drafting terms ran once more.
+        accepted: those of them that stood.
     """
 
     def __init__(self) -> None:
@@ -38,6 +41,9 @@ class CoreFigures:
         self.fused_rows: Counter[int] = Counter()
         self.tokens: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        self.steps: Counter[str] = Counter()
+        self.drafted: Counter[str] = Counter()
+        self.accepted: Counter[str] = Counter()
         self.preempted = 0
 
     def arrive(self, request_id: str, members: int, label: str) -> None:
@@ -51,6 +57,17 @@ class CoreFigures:
         if label is not None:
             self.tokens[label] += tokens
 
+    def step(self, request_id: str) -> None:
+        """A request's group took a step that gives tokens."""
+        self.steps[self._labels[request_id]] += 1
+
+    def check(self, request_id: str, drafted: int, accepted: int) -> None:
+        """A request's drafts were checked."""
+        label = self._labels.get(request_id)
+        if label is not None:
+            self.drafted[label] += drafted
+            self.accepted[label] += accepted
+
     def drain(self) -> dict[str, Any]:
         """The counts as plain data, which start again at zero."""
         counts = {
@@ -59,6 +76,9 @@ class CoreFigures:
             "tokens": sorted(self.tokens.items()),
             "preempted": self.preempted,
             "failed": sorted(self.failed.items()),
+            "steps": sorted(self.steps.items()),
+            "drafted": sorted(self.drafted.items()),
+            "accepted": sorted(self.accepted.items()),
         }
         self._reset()
         return counts

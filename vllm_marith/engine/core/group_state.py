@@ -21,7 +21,8 @@ class Group:
     Attributes:
         members: the leader's request, then the followers'.
         ids: their request ids.
-        constraints: as in `GroupSpec`.
+        constraints, routine, adaptive: as in `GroupSpec`.
+        longest_draft: most tokens that it drafts at once.
         released: the members are in vLLM's queues; otherwise the group waits in the backlog.
         joint: every member has exactly one token left to compute, so a step can sample them
             together.  Once true it stays true until the group is preempted: each joint step leaves
@@ -32,6 +33,9 @@ class Group:
 
     members: list[Request]
     constraints: dict[str, Any] | None = None
+    routine: str = ""
+    longest_draft: int = 0
+    adaptive: bool = False
     released: bool = False
     joint: bool = False
     late: list[Request] = field(default_factory=list)
@@ -55,8 +59,8 @@ class Group:
 
 
 def remaining(request: Request) -> int:
-    """Tokens of a request that no scheduled step has computed yet."""
-    return request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens
+    """Tokens of a request that no scheduled step has computed yet, drafts aside."""
+    return request.num_tokens + request.num_output_placeholders - request.num_computed_tokens
 
 
 def reaches_end(request: Request) -> bool:
@@ -110,4 +114,5 @@ def build_group(leader: Request, spec: GroupSpec, max_tokens: int) -> Group:
         )
         for tag, prompt, adapter in zip(tags[1:], spec.prompts, adapters, strict=True)
     ]
-    return Group([leader, *followers], spec.constraints)
+    longest = spec.draft_lengths[-1] if spec.draft_lengths else 0
+    return Group([leader, *followers], spec.constraints, spec.routine, longest, spec.adaptive)

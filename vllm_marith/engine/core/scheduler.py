@@ -33,8 +33,8 @@ from vllm.v1.request import Request, RequestStatus
 
 from ..group import Cause
 from .constituents import lookup
-from .constraints import ConstrainedLifecycle
 from .group_state import Group, remaining
+from .speculation import SpeculativeLifecycle
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -43,7 +43,7 @@ _POLLED = 64
 """Grammars that a step asks after; the others' turn comes with the next steps."""
 
 
-class GroupMixin(ConstrainedLifecycle):
+class GroupMixin(SpeculativeLifecycle):
     """Adds groups to a vLLM scheduler class.  Without groups every call is vLLM's own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -129,18 +129,23 @@ class GroupMixin(ConstrainedLifecycle):
         """One step; see the module's four rules."""
         idle = not self.groups and not len(self.backlog)
         if idle or self.pause_state == PauseState.PAUSED_ALL:
-            return super().schedule(throttle_prefills)
+            with self._unpadded():
+                output = super().schedule(throttle_prefills)
+            self._tell_drafts(output)
+            return output
         self._find_joint(throttle_prefills)
         self._order_running()
+        self._fit_drafts([r for r in self.running if self._decodes(r)])
         preempted = self._make_room()
         if not preempted and self.pause_state == PauseState.UNPAUSED:
             self._release()
-        with self._limited_admission(closed=preempted):
+        with self._limited_admission(closed=preempted), self._unpadded():
             output = super().schedule(throttle_prefills)
         self._prefill_allowance = None
         self._check_joint(output)
         self._keep_alive(output)
         self._tell_bans(output)
+        self._tell_drafts(output)
         return output
 
     def _find_joint(self, throttle_prefills: bool) -> None:
@@ -159,11 +164,11 @@ class GroupMixin(ConstrainedLifecycle):
             group.joint = True
             del self._gathering[group.name]
         if self._num_late:
-            decoding = sum(self._decodes(r) for r in self.running)
+            decoding = sum(1 + len(r.spec_token_ids) for r in self.running if self._decodes(r))
             self._prefill_allowance = self.max_num_scheduled_tokens - decoding - self._num_late
 
     def _decodes(self, request: Request) -> bool:
-        """Whether a running request takes exactly one token in this step."""
+        """Whether a running request takes its last token in this step, and drafts if it has some."""
         group = self._group_of.get(request.request_id)
         return group.joint if group is not None else remaining(request) <= 1
 
@@ -229,8 +234,13 @@ class GroupMixin(ConstrainedLifecycle):
         The rules above leave vLLM no reason to tear a group.  Should it do so all the same, then
         no client may see a token that the formula did not choose.
         """
-        is_scheduled = output.num_scheduled_tokens.__contains__
-        joint = [(g, sum(map(is_scheduled, g.ids))) for g in self._released.values() if g.joint]
+        tokens_of = output.num_scheduled_tokens.get
+        joint = []
+        for group in self._released.values():
+            if group.joint:
+                counts = [n for i in group.ids if (n := tokens_of(i)) is not None]
+                # With its drafts, a group takes the same number of tokens in each of its rows.
+                joint.append((group, max(map(counts.count, counts), default=0)))
         if rows := sum(present for _, present in joint):
             self.figures.fused_rows[rows] += 1
         for group, present in joint:

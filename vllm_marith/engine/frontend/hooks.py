@@ -11,7 +11,7 @@ from vllm.renderers.inputs.preprocess import parse_model_prompt
 
 from vllm_marith.language.names import BASE
 
-from .. import patches
+from .. import patches, speculation
 from ..group import EXPLAIN, KEY
 from ..plugin import PROCESSOR
 from .account import ACCOUNT, Account, Explained
@@ -34,10 +34,22 @@ def install() -> None:
     patches.patch(f"{_ONLINE}.preprocess_cmpl", _admit_before_response)
     patches.patch(f"{_ONLINE}.preprocess_chat", _admit_before_response)
     patches.patch("vllm.v1.engine.input_processor:InputProcessor.process_inputs", _expand)
+    patches.patch("vllm.sampling_params:SamplingParams._validate_spec_decode", _unless_only_formulas_draft)
     patches.patch(f"{_ENGINE}.add_lora", _noting_adapters)
     patches.patch(f"{_ENGINE}.remove_lora", _forgetting_adapters)
     patches.patch(f"{_ASYNC_ENGINE}.add_lora", _noting_adapters_async)
     patches.patch(f"{_ASYNC_ENGINE}.remove_lora", _forgetting_adapters_async)
+
+
+def _unless_only_formulas_draft(validate_spec_decode: Any) -> Any:
+    """vLLM refuses bias and min-p beside its own speculation, where formulas' drafts do know them."""
+
+    @functools.wraps(validate_spec_decode)
+    def validate(self: Any, speculative_config: Any) -> None:
+        if not speculation.is_ours(speculative_config):
+            validate_spec_decode(self, speculative_config)
+
+    return validate
 
 
 def _note_completions(renderer: Any, prompts: Any, tok_params: Any, rendered: Any) -> Any:

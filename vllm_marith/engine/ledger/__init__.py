@@ -4,7 +4,7 @@ Data only, a file for each process that a request passes through; `vllm_marith.e
 applies it.
 """
 
-from . import constituents, core, frontend, worker, worker_v2
+from . import constituents, core, frontend, speculation, worker, worker_v2
 from .entry import Entry
 
 LEDGER: tuple[Entry, ...] = (
@@ -13,6 +13,7 @@ LEDGER: tuple[Entry, ...] = (
     *worker.ENTRIES,
     *worker_v2.ENTRIES,
     *constituents.ENTRIES,
+    *speculation.ENTRIES,
 )
 
 __all__ = ["LEDGER", "Entry"]

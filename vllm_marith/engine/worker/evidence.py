@@ -59,12 +59,14 @@ class Witness:
 
     Args:
         key: of the request.
-        rows: of the group's members, leader first.
+        rows: of logits of the group's members, leader first.
+        request: the leader's request row.
     """
 
-    def __init__(self, key: str, rows: Sequence[int]) -> None:
+    def __init__(self, key: str, rows: Sequence[int], request: int) -> None:
         self.key = key
         self.rows = list(rows)
+        self.request = request
         self._members: torch.Tensor | None = None  # [members, vocab]
         self._formula: torch.Tensor | None = None  # [1, vocab]
 
@@ -82,7 +84,7 @@ class Witness:
         if members is None or formula is None:
             return
         self._members = self._formula = None
-        chosen = sampled[self.rows[0], :1].to(torch.int64)
+        chosen = sampled[self.request, :1].to(torch.int64)
         best = formula[0].topk(2).indices
         runner_up = torch.where(best[:1] == chosen, best[1:], best[:1])
         ids = torch.cat([chosen, runner_up])

@@ -55,8 +55,9 @@ def __getattr__(name: str) -> Any:
     ours, _, theirs = name.partition(":")
     if ours not in (_PREFIX, _PREFIX_OF_SEVERAL):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from . import runner_v2
+    from . import runner_v1, runner_v2
 
+    runner_v1.prepare()
     runner_v2.install()
     if ours == _PREFIX_OF_SEVERAL:
         import_module(".constituents.loader", __package__)  # which registers its load format

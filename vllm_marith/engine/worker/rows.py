@@ -2,6 +2,10 @@
 
 Shared by both model runners: a runner says which requests sit in which rows and which rows are
 discarded (prefill chunks and held members); `RowPlans` answers with a `RowPlan`, or none.
+
+Two kinds of rows.  A *request row* is a request's place in the step's batch.  The logits have one row for
+each of them and, behind it, one more for every drafted token that the request checks in this step: then all
+members of a group have as many, and the formula is computed at each position.
 """
 
 from __future__ import annotations
@@ -46,12 +50,14 @@ class RowPlan:
 
     Attributes:
         head: groups that are combined before the LM head, if there are any; the rest after it.
-        batch: the formulas of the step's other joint groups.
-        groups: those groups.
+        batch: the formulas of the step's other joint groups, at each of their positions.
+        groups: those groups; one that checks k drafts stands here k + 1 times.
         soundness: of all of them, those of `batch` first.
-        leaders: int64 ``[groups]``, the row of each group's leader, which receives the fused row.
-        followers: int64 ``[followers]``, rows whose sampled token is replaced ...
-        follower_leaders: int64 ``[followers]``, ... by that of this row.
+        leaders: int64 ``[groups]``, the leader's row of logits, which receives the fused row.
+        followers: int64 ``[followers]``, request rows whose sampled tokens are replaced ...
+        follower_leaders: int64 ``[followers]``, ... by those of this one.
+        starts: of each request row, its first row of logits, and the number of all of these.
+        joint: all joint groups of the step, each once.
         classifiers: of this step, where formulas have some.
         witnesses: of the groups whose requests want to be explained; none of them is in `head`.
         broken: groups that have no plan, and why.
@@ -64,6 +70,8 @@ class RowPlan:
     leaders: torch.Tensor
     followers: torch.Tensor
     follower_leaders: torch.Tensor
+    starts: np.ndarray
+    joint: Sequence[JointGroup] = ()
     classifiers: ClassifierStep | None = None
     witnesses: tuple[Witness, ...] = ()
     broken: Mapping[str, Failure] = field(default_factory=dict)
@@ -110,7 +118,7 @@ class RowPlan:
         return self.classifiers.write(asked, source, out)
 
     def tie(self, sampled: torch.Tensor) -> None:
-        """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""
+        """Gives every follower its leader's tokens, in place.  sampled: ``[request rows, positions]``."""
         for witness in self.witnesses:
             witness.sampled(sampled)
         if self.followers.numel():
@@ -123,7 +131,7 @@ class JointGroup:
 
     Attributes:
         ids: of its members' requests, leader first.
-        rows: of its members.
+        rows: request rows of its members.
         tag: the leader's.
         routine: what is done with the rows.
     """
@@ -138,18 +146,28 @@ class JointGroup:
         """The dials that a classifier turns."""
         return [dial for dial in self.routine.dials if isinstance(dial, Strength)]
 
-    def dials(self, lengths: np.ndarray, probabilities: Mapping[tuple[str, str], float]) -> tuple[float, ...]:
-        """The values of the formula's dials at this step, for sequences of these lengths.
+    def dials(
+        self, lengths: np.ndarray, ahead: int, probabilities: Mapping[tuple[str, str], float]
+    ) -> tuple[float, ...]:
+        """The values of the formula's dials for sequences of these lengths and so many drafted tokens.
 
         probabilities: (group, classifier term) -> p(y | text so far), of `strengths`.
         """
-        position = int(lengths[self.rows[0]]) - self.tag.prompt_length
+        position = int(lengths[self.rows[0]]) + ahead - self.tag.prompt_length
         return tuple(
             dial.at(position)
             if isinstance(dial, Schedule)
             else dial.at(probabilities[self.tag.group, dial.classifier.name])
             for dial in self.routine.dials
         )
+
+    def schedules(self, routine: Routine, length: int, ahead: int) -> tuple[float, ...]:
+        """The dials of a partial formula, which no classifier turns, behind so many drafted tokens.
+
+        length: of the leader's sequence.
+        """
+        position = length + ahead - self.tag.prompt_length
+        return tuple(dial.at(position) for dial in routine.dials)
 
 
 def ban(logits: torch.Tensor, row: int, tokens: Sequence[int]) -> None:
@@ -173,9 +191,10 @@ class RowPlans:
         self.device = device
         self.classifiers = classifiers
         self.combine_hidden_states = combine_hidden_states
-        self.key: tuple[list[str], np.ndarray] | None = None
+        self.key: tuple[list[str], np.ndarray, np.ndarray] | None = None
         self.groups: list[JointGroup] = []
         self.broken: dict[str, Failure] = {}
+        self.positions: list[tuple[JointGroup, int]] = []  # every group with 0, 1, ... drafted tokens ahead
         self.steered: list[MemberTag] = []  # of the groups that have classifiers
         self.turns = False  # whether any group has a dial
         self.dials: list[tuple[float, ...]] = []
@@ -192,22 +211,31 @@ class RowPlans:
         lengths: np.ndarray,
         extra_args: Callable[[str], dict[str, Any] | None],
         answers: Answers,
+        drafted: np.ndarray | None = None,
     ) -> RowPlan | None:
         """The plan of a step, or None when no group has joint rows in it.
 
         Args:
             request_ids: the request in each row.
             discarded: bool ``[rows]``, rows whose sample vLLM throws away.
-            lengths: int ``[rows]``, tokens of each sequence before the one that is sampled.
+            lengths: int ``[rows]``, tokens of each sequence before the first one that is sampled.
             extra_args: a request's ``SamplingParams.extra_args``.
             answers: asked in every joint step of the groups that have classifiers, and for no others.
+            drafted: int ``[rows]``, drafted tokens that each request checks in this step; none by default.
         """
-        known = self.key is not None and self.key[0] == request_ids and np.array_equal(self.key[1], discarded)
+        drafted = np.zeros(len(request_ids), np.int64) if drafted is None else drafted
+        known = (
+            self.key is not None
+            and self.key[0] == request_ids
+            and np.array_equal(self.key[1], discarded)
+            and np.array_equal(self.key[2], drafted)
+        )
         if not known:
             self.groups, self.broken = _joint_groups(request_ids, discarded, extra_args)
+            self.positions = [(g, ahead) for g in self.groups for ahead in range(drafted[g.rows[0]] + 1)]
             self.steered = [group.tag for group in self.groups if group.tag.classifiers]
             self.turns = any(group.routine.dials for group in self.groups)
-            self.key = (list(request_ids), discarded.copy())
+            self.key = (list(request_ids), discarded.copy(), drafted.copy())
         step = None
         if self.steered:
             assert self.classifiers is not None
@@ -216,21 +244,23 @@ class RowPlans:
             dials = self._turn(lengths, step)
             if not known or dials != self.dials:
                 self.dials = dials
-                self.plan = self._build(len(request_ids)) if self.groups or self.broken else None
+                self.plan = self._build(drafted) if self.groups or self.broken else None
         return self.plan if self.plan is None or step is None else replace(self.plan, classifiers=step)
 
     def _turn(self, lengths: np.ndarray, step: ClassifierStep | None) -> list[tuple[float, ...]]:
-        """The values of every group's dials."""
+        """The values of every group's dials at each of its positions."""
         asked = [(group.tag, dial.classifier.name) for group in self.groups for dial in group.strengths]
         found = step.probabilities(asked) if step is not None and asked else {}
-        return [group.dials(lengths, found) for group in self.groups]
+        return [group.dials(lengths, ahead, found) for group, ahead in self.positions]
 
-    def _build(self, num_rows: int) -> RowPlan:
-        pipelines, batched, followers, follower_leaders = [], [], [], []
+    def _build(self, drafted: np.ndarray) -> RowPlan:
+        starts = np.concatenate([[0], (drafted + 1).cumsum()])
+        pipelines, batched, batched_rows, followers, follower_leaders = [], [], [], [], []
         head_programs, head_rows, headed = [], [], []
         witnesses = []
         broken = dict(self.broken)
-        for group, dials in zip(self.groups, self.dials, strict=True):
+        for (group, ahead), dials in zip(self.positions, self.dials, strict=True):
+            rows = [int(starts[row]) + ahead for row in group.rows]
             # The values of probabilities do not come again.
             find = pipeline_of.__wrapped__ if group.strengths else pipeline_of
             try:
@@ -239,17 +269,19 @@ class RowPlans:
                 broken[group.tag.group] = _unexpected(error)
                 continue
             if group.tag.explain:
-                witnesses.append(Witness(group.tag.explain, group.rows))
+                witnesses.append(Witness(group.tag.explain, rows, group.rows[0]))
             if self.combine_hidden_states and not group.tag.explain and (program := _before_head(pipeline)):
                 head_programs.append(program)
-                head_rows.append(group.rows)
+                head_rows.append(rows)
                 headed.append(group)
             else:
                 pipelines.append(pipeline)
                 batched.append(group)
-            leader, *others = group.rows
-            followers += others
-            follower_leaders += [leader] * len(others)
+                batched_rows.append(rows)
+            if ahead == 0:
+                leader, *others = group.rows
+                followers += others
+                follower_leaders += [leader] * len(others)
 
         def index(values: list[int]) -> torch.Tensor:
             # A copy from ordinary memory may wait for the device.
@@ -259,22 +291,24 @@ class RowPlans:
 
         head = None
         if head_programs:
-            head = HeadPlan.build(head_programs, head_rows, num_rows, self.device)
+            head = HeadPlan.build(head_programs, head_rows, int(starts[-1]), self.device)
         # Of a group that is combined before the head, the leader's row is all that there is.
-        read = [group.rows for group in batched] + [group.rows[:1] for group in headed]
+        read = batched_rows + [rows[:1] for rows in head_rows]
         planned = [*batched, *headed]
         return RowPlan(
             head,
-            marith_kernels.StagedBatch.build(pipelines, [group.rows for group in batched], self.device),
+            marith_kernels.StagedBatch.build(pipelines, batched_rows, self.device),
             batched,
             Soundness(
                 [group.tag.group for group in planned],
                 index([row for rows in read for row in rows]),
                 index([owner for owner, rows in enumerate(read) for _ in rows]),
             ),
-            index([group.rows[0] for group in planned]),
+            index([rows[0] for rows in read]),
             index(followers),
             index(follower_leaders),
+            starts,
+            joint=self.groups,
             witnesses=tuple(witnesses),
             broken=broken,
         )
@@ -332,7 +366,7 @@ def _joint_groups(
             tag = MemberTag.from_wire(wire)
             rows = [row_of[i] for i in range(tag.size)]
             ids = [request_ids[row] for row in rows]
-            groups.append(JointGroup(ids, rows, tag, _routine(tag.routine)))
+            groups.append(JointGroup(ids, rows, tag, routine_of(tag.routine)))
         except Exception as error:
             broken[name] = _unexpected(error)
     return groups, broken
@@ -341,14 +375,15 @@ def _joint_groups(
 # Requests repeat a handful of formulas; reading one costs more than finding it again.  Clients choose them:
 # what is remembered is 100 KB each at most.
 @lru_cache(maxsize=1024)
-def _routine(text: str) -> Routine:
+def routine_of(text: str) -> Routine:
+    """What `vllm_marith.plan.encode` wrote."""
     return decode(text)
 
 
 @lru_cache(maxsize=1024)
 def pipeline_of(text: str, dials: tuple[float, ...]) -> marith_kernels.Pipeline:
     """What the kernels run for a routine (`vllm_marith.plan.encode`) at its dials' values."""
-    routine = _routine(text)
+    routine = routine_of(text)
     weightless = {routine.terms + i for i, stage in enumerate(routine.stages) if stage.weightless}
 
     def stage_of(stage: Stage) -> marith_kernels.Stage:

@@ -9,22 +9,32 @@ so that whatever a request asks of the sampler acts on the formula's distributio
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import patches
-from ..group import BANS, FAILURES, KEY, Failure, constituent_of
+from ..group import BANS, DRAFTS, FAILURES, KEY, Failure, constituent_of
+from ..settings import Settings
 from .answers import CONTEXT, Continuation
 from .classifiers.rows import ClassifierRows
 from .constituents.models import Constituents
 from .rows import RowPlan, RowPlans, ban, failing_all
 from .scoring import RAW_LOGITS, PromptScorer, heads_of, scored_tag
+from .speculation.rounds_v1 import Rounds
 
+_PROCESSOR = "vllm_marith.engine.processor:FormulaLogitsProcessor"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
+
+
+def prepare() -> None:
+    """Lets a runner that speculates have the registered logits processor; before the runner is made."""
+    patches.patch("vllm.v1.worker.gpu_model_runner:build_logitsprocs", _with_processors)
 
 
 def install(*, constituents: bool = False) -> None:
@@ -34,9 +44,34 @@ def install(*, constituents: bool = False) -> None:
     """
     patches.patch(f"{_RUNNER}.sample_tokens", _with_fusion)
     patches.patch(f"{_RUNNER}._sample", _with_tie)
+    patches.patch(f"{_RUNNER}.propose_draft_token_ids", _with_drafts)
     patches.patch(f"{_RUNNER}._get_prompt_logprobs_dict", _with_scores)
     if constituents:
         patches.patch(f"{_RUNNER}._build_attention_metadata", _with_routing)
+
+
+def _with_processors(build_logitsprocs: Any) -> Any:
+    """vLLM refuses processors beside speculation, because it cannot apply them to drafts.
+
+    Ours changes nothing.  Where only formulas draft, vLLM's own for bias and min-p stay, too: plain requests
+    have no drafts, and those of formulas are shaped with them (`speculation.shape_v1`).
+    """
+
+    @functools.wraps(build_logitsprocs)
+    def build(vllm_config: Any, device: Any, pin: bool, pooling: bool, custom: Any = ()) -> Any:
+        from ..processor import FormulaLogitsProcessor
+
+        others = [p for p in custom if p is not FormulaLogitsProcessor and p != _PROCESSOR]
+        if vllm_config.speculative_config is None or len(others) == len(custom):
+            return build_logitsprocs(vllm_config, device, pin, pooling, custom)
+        if Settings.of(vllm_config).speculates:
+            vllm_config = copy.copy(vllm_config)
+            vllm_config.speculative_config = None
+            return build_logitsprocs(vllm_config, device, pin, pooling, custom)
+        built = build_logitsprocs(vllm_config, device, pin, pooling, others)
+        return type(built)([*built.all, FormulaLogitsProcessor(vllm_config, device, pin)])
+
+    return build
 
 
 def _with_routing(build_attention_metadata: Any) -> Any:
@@ -48,7 +83,8 @@ def _with_routing(build_attention_metadata: Any) -> Any:
         if counts is not None and isinstance(model, Constituents):
             ids = self.input_batch.req_ids
             owners = [constituent_of(self.requests[i].sampling_params.extra_args) for i in ids]
-            model.router.begin_step(owners, [counts[i] for i in ids])
+            drafted = [len(drafts) for drafts in self.input_batch.spec_token_ids[: len(ids)]]
+            model.router.begin_step(owners, [counts[i] for i in ids], drafted)
         return build_attention_metadata(self, *args, **kwargs)
 
     return routed
@@ -74,11 +110,15 @@ def _with_fusion(sample_tokens: Any) -> Any:
         def extra_args(request_id: str) -> dict[str, Any] | None:
             return requests[request_id].sampling_params.extra_args
 
-        lengths = self.optimistic_seq_lens_cpu.numpy()[: len(ids)]  # exact without drafts
+        drafted = np.zeros(len(ids), np.int64)
+        if state.spec_decode_metadata is not None:
+            drafted = np.asarray(state.spec_decode_metadata.num_draft_tokens, np.int64)
+        lengths = self.optimistic_seq_lens_cpu.numpy()[: len(ids)] - drafted
+        answers = functools.partial(_answers, self)
         plan: RowPlan | None = None
         failures: Mapping[str, Failure] | None = None
         try:
-            plan = plans.plan_step(ids, discarded, lengths, extra_args, functools.partial(_answers, self))
+            plan = plans.plan_step(ids, discarded, lengths, extra_args, answers, drafted)
             if plan is not None:
                 with torch.inference_mode():
                     logits, failures = plan.fuse(state.logits)
@@ -88,7 +128,7 @@ def _with_fusion(sample_tokens: Any) -> Any:
         if plan is not None:
             with torch.inference_mode():
                 for request_id, (tokens, seed) in getattr(state.scheduler_output, BANS, {}).items():
-                    ban(logits, self.input_batch.req_id_to_index[request_id], tokens)
+                    ban(logits, plan.starts[self.input_batch.req_id_to_index[request_id]], tokens)
                     if seed is not None:
                         requests[request_id].generator.manual_seed(seed)
                 self.execute_model_state = state._replace(logits=logits)
@@ -119,13 +159,59 @@ def _classifiers(runner: Any) -> ClassifierRows | None:
 def _with_tie(sample: Any) -> Any:
     @functools.wraps(sample)
     def tied(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        output = sample(self, logits, spec_decode_metadata)
         plan = getattr(self, "marith_plan", None)
+        rounds = _rounds(self)
+
+        def draw(logits: Any, metadata: Any) -> Any:
+            # A step without drafts is any step; vLLM's rejection sampler has no top-k for no rows at all.
+            drafts = metadata is not None and (rounds is None or metadata.max_spec_len)
+            return sample(self, logits, metadata if drafts else None)
+
+        if plan is None or rounds is None:
+            output = draw(logits, spec_decode_metadata)
+        else:
+            with torch.inference_mode():
+                output = rounds.sample(plan, draw, logits, spec_decode_metadata)
         if plan is not None:
             plan.tie(output.sampled_token_ids)
         return output
 
     return tied
+
+
+def _rounds(runner: Any) -> Rounds | None:
+    """None where formulas do not draft."""
+    if "marith_rounds" not in runner.__dict__:
+        speculates = Settings.of(runner.vllm_config).speculates
+        runner.marith_rounds = Rounds(runner) if speculates else None
+        if speculates:
+            # Groups draft as long as there is room for them; vLLM would drop the drafts of all requests.
+            runner.effective_drafter_max_model_len = 2 * runner.max_model_len
+    found: Rounds | None = runner.marith_rounds
+    return found
+
+
+def _with_drafts(propose_draft_token_ids: Any) -> Any:
+    @functools.wraps(propose_draft_token_ids)
+    def proposing(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        rounds = _rounds(self)
+        if rounds is None:
+            return propose_draft_token_ids(self, scheduler_output, sampled_token_ids, *args, **kwargs)
+        plan = getattr(self, "marith_plan", None)
+        with torch.inference_mode():
+            drafts = rounds.propose(plan, scheduler_output, sampled_token_ids)
+        wanted = getattr(scheduler_output, DRAFTS, {})
+        joint = plan.joint if plan else ()
+        copying = [g for g in joint if g.tag.drafter == "ngram" and not g.tag.drafts and wanted.get(g.ids[0])]
+        if copying:
+            scheduler_output.num_spec_tokens_to_schedule = self.num_spec_tokens
+            found = propose_draft_token_ids(self, scheduler_output, sampled_token_ids, *args, **kwargs)
+            for group in copying:
+                own = found[group.rows[0]][: wanted[group.ids[0]]]
+                drafts.update((row, list(own)) for row in group.rows)
+        return [drafts.get(row, []) for row in range(self.input_batch.num_reqs)]
+
+    return proposing
 
 
 def _with_scores(get_prompt_logprobs_dict: Any) -> Any:

@@ -83,9 +83,16 @@ class ConstituentAdapters:
                 manager.set_active_adapters(requests, mapping)
             return
         for j, share in routing.shares.items():
-            own = cut(mapping, share)
-            wanted = {request for request in requests if request.lora_int_id in own.prompt_mapping}
-            self.managers[j].set_active_adapters(wanted, own)
+            self._activate(j, requests, cut(mapping, share))
+
+    def begin_alone(self, constituent: int) -> None:
+        """Puts in force what was said for rows of one constituent, outside of steps."""
+        if self._step is not None:
+            self._activate(constituent, *self._step)
+
+    def _activate(self, constituent: int, requests: set[LoRARequest], mapping: LoRAMapping) -> None:
+        wanted = {request for request in requests if request.lora_int_id in mapping.index_mapping}
+        self.managers[constituent].set_active_adapters(wanted, mapping)
 
     # ------------------------------------------------------------ management
 
@@ -164,9 +171,7 @@ class _Manager(LRUCacheWorkerLoRAManager):
 
 
 def cut(mapping: LoRAMapping, share: Share) -> LoRAMapping:
-    """One constituent's part of a step's mapping, whose ``prompt_mapping`` has an adapter for each row."""
-    rows = np.asarray(mapping.prompt_mapping)[share.rows_cpu.numpy()]
-    counts = np.diff(share.starts_cpu.numpy())
-    return replace(
-        mapping, prompt_mapping=tuple(rows.tolist()), index_mapping=tuple(rows.repeat(counts).tolist())
-    )
+    """One constituent's part of a step's mapping, which has an adapter for each token and row of logits."""
+    tokens = np.asarray(mapping.index_mapping)[share.tokens_cpu.numpy()]
+    outputs = np.asarray(mapping.prompt_mapping)[share.outputs_cpu.numpy()]
+    return replace(mapping, prompt_mapping=tuple(outputs.tolist()), index_mapping=tuple(tokens.tolist()))

@@ -183,7 +183,7 @@ class Constituents(nn.Module):
         return hidden.index_copy_(0, routing.shares[0].tokens, states[0])
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits ``[rows, vocab]`` of the last token of each of the step's rows.
+        """Logits ``[rows, vocab]`` of the last token of each of the step's requests, and of their drafts.
 
         The first call after a step's forward pass is that; any other takes the hidden states that it is
         given for the base model's (a plain request's prompt log-probabilities).
@@ -193,22 +193,22 @@ class Constituents(nn.Module):
             return self.head(0, hidden_states)
         assert self._step is not None
         routing, states = self._step
-        if len(hidden_states) != routing.num_rows:
+        if len(hidden_states) != routing.num_outputs:
             raise RuntimeError(
-                f"expected one row a request, {routing.num_rows}, found {len(hidden_states)} rows"
+                f"expected one row a request and draft, {routing.num_outputs}, found {len(hidden_states)}"
             )
         if routing.only is not None:
             last = routing.shares[routing.only].last
             return self.head(routing.only, states[routing.only].index_select(0, last))
         parts = [
-            (share.rows, self.head(j, states[j].index_select(0, share.last)))
+            (share.outputs, self.head(j, states[j].index_select(0, share.last)))
             for j, share in routing.shares.items()
         ]
         given = [logits for _, logits in parts if logits is not None]
         if not given:
             return None
         dtype = reduce(torch.promote_types, (logits.dtype for logits in given))
-        combined = given[0].new_empty(routing.num_rows, given[0].shape[1], dtype=dtype)
+        combined = given[0].new_empty(routing.num_outputs, given[0].shape[1], dtype=dtype)
         for rows, logits in parts:
             assert logits is not None
             combined.index_copy_(0, rows, logits.to(dtype))

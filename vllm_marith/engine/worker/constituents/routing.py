@@ -18,14 +18,22 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 
+def _spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """starts[0], starts[0] + 1, ... counts[0] numbers, then the same from starts[1], and so on."""
+    ends = counts.cumsum()
+    return np.repeat(starts - ends + counts, counts) + np.arange(ends[-1])
+
+
 @dataclass(frozen=True)
 class Share:
     """One constituent's part of a step.  Indices are int64 and on the device, if nothing else is said.
 
     Attributes:
         rows: ``[rows]``, its rows in the step's batch, ascending; `rows_cpu` on the host.
-        tokens: ``[tokens]``, its tokens in the step's batch.
-        last: ``[rows]``, each row's last token, counted among `tokens`.
+        tokens: ``[tokens]``, its tokens in the step's batch; `tokens_cpu` on the host.
+        last: ``[outputs]``, the tokens that logits are wanted of, counted among `tokens`: each row's last,
+            and those before it where it checks drafts.
+        outputs: ``[outputs]``, their places in the step's logits; `outputs_cpu` on the host.
         starts: int32 ``[rows + 1]``, each row's first token, counted among `tokens`; `starts_cpu` on the
             host.
         longest: tokens of the longest row.
@@ -34,18 +42,21 @@ class Share:
     rows: torch.Tensor
     rows_cpu: torch.Tensor
     tokens: torch.Tensor
+    tokens_cpu: torch.Tensor
     last: torch.Tensor
+    outputs: torch.Tensor
+    outputs_cpu: torch.Tensor
     starts: torch.Tensor
     starts_cpu: torch.Tensor
     longest: int
 
     @classmethod
-    def build(cls, rows: np.ndarray, counts: np.ndarray, device: torch.device) -> Share:
-        """rows: ascending row numbers; counts: tokens of *every* row of the step."""
-        own = counts[rows]
+    def build(cls, rows: np.ndarray, counts: np.ndarray, outputs: np.ndarray, device: torch.device) -> Share:
+        """rows: ascending row numbers; counts, outputs: of *every* row of the step, its tokens and those of
+        them that logits are wanted of."""
+        own, wanted = counts[rows], outputs[rows]
         starts = np.concatenate([[0], own.cumsum()])
-        shift = (counts.cumsum() - counts)[rows] - starts[:-1]
-        tokens = np.repeat(shift, own) + np.arange(starts[-1])
+        tokens = _spans((counts.cumsum() - counts)[rows], own)
 
         def there(values: np.ndarray, dtype: torch.dtype = torch.int64) -> tuple[torch.Tensor, torch.Tensor]:
             on_host = torch.from_numpy(values).to(dtype)
@@ -55,8 +66,20 @@ class Share:
 
         rows_cpu, rows_there = there(rows)
         starts_cpu, starts_there = there(starts, torch.int32)
-        last, tokens_there = there(starts[1:] - 1)[1], there(tokens)[1]
-        return cls(rows_there, rows_cpu, tokens_there, last, starts_there, starts_cpu, int(own.max()))
+        tokens_cpu, tokens_there = there(tokens)
+        outputs_cpu, outputs_there = there(_spans((outputs.cumsum() - outputs)[rows], wanted))
+        return cls(
+            rows=rows_there,
+            rows_cpu=rows_cpu,
+            tokens=tokens_there,
+            tokens_cpu=tokens_cpu,
+            last=there(_spans(starts[1:] - wanted, wanted))[1],
+            outputs=outputs_there,
+            outputs_cpu=outputs_cpu,
+            starts=starts_there,
+            starts_cpu=starts_cpu,
+            longest=int(own.max()),
+        )
 
     def of(self, batch: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """The part of a step's common attention metadata that is this share's."""
@@ -92,11 +115,11 @@ class Routing:
     """A step's rows by constituent.
 
     Attributes:
-        num_rows: of the step.
+        num_outputs: rows of the step's logits: one a request, and one more for each draft that it checks.
         shares: of the constituents that have rows in it, by their numbers.
     """
 
-    num_rows: int
+    num_outputs: int
     shares: dict[int, Share]
 
     @property
@@ -124,19 +147,25 @@ class Router:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.routing: Routing | None = None
-        self._key: tuple[bytes, bytes] | None = None
+        self._key: tuple[bytes, ...] | None = None
         self._last: Routing | None = None
 
-    def begin_step(self, constituents: Sequence[int], counts: Sequence[int]) -> None:
-        """constituents, counts: of each row, its constituent and its number of tokens in this step."""
+    def begin_step(
+        self, constituents: Sequence[int], counts: Sequence[int], drafted: Sequence[int] | None = None
+    ) -> None:
+        """constituents, counts: of each row, its constituent and its number of tokens in this step.
+
+        drafted: how many of them, at the row's end, are drafts to be checked; none by default.
+        """
         owners, lengths = np.asarray(constituents, np.int64), np.asarray(counts, np.int64)
-        key = owners.tobytes(), lengths.tobytes()
+        outputs = np.ones_like(lengths) if drafted is None else np.asarray(drafted, np.int64) + 1
+        key = owners.tobytes(), lengths.tobytes(), outputs.tobytes()
         if key != self._key:
             shares = {
-                int(j): Share.build(np.flatnonzero(owners == j), lengths, self.device)
+                int(j): Share.build(np.flatnonzero(owners == j), lengths, outputs, self.device)
                 for j in np.unique(owners)
             }
-            self._key, self._last = key, Routing(len(owners), shares)
+            self._key, self._last = key, Routing(int(outputs.sum()), shares)
         self.routing = self._last
 
     def end_step(self) -> Routing | None:

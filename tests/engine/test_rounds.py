@@ -1,0 +1,326 @@
+"""The worker's rounds of drafting and checking, without an engine: every random decision taken every way.
+
+The code is the worker's own; only the models are made up, the dice are an enumeration, and the sampler's
+shape is a temperature and a top-k.  Keys and values are stood for by the tokens that a forward pass was
+given: a member that was not shown a token, or was shown one that did not stand, answers for another text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.enumeration import Chooser, Dice, enumerate_paths
+from tests.support.speculation import law, model_of, random_terms
+from vllm_marith import Formula
+from vllm_marith.engine.group import MemberTag
+from vllm_marith.engine.worker.rows import JointGroup, RowPlans, routine_of
+from vllm_marith.engine.worker.speculation.dice import Settled
+from vllm_marith.engine.worker.speculation.drafting import Drafter, Line, members_of
+from vllm_marith.engine.worker.speculation.verification import NO_TOKEN, Check, settle
+from vllm_marith.plan import encode, lower, speculate
+
+VOCAB, COUNT = 3, 2
+PROMPTS = (4, 1, 2, 7)
+"""Tokens of each member's prompt: positions differ from member to member."""
+
+
+@dataclass
+class Members:
+    """Made-up models: member m's logits behind a text, by (term, text)."""
+
+    names: Sequence[str]
+    logits: Callable[[tuple[int, ...]], dict[str, np.ndarray]]
+    shown: dict[int, list[int]] = field(default_factory=dict)
+
+    def __call__(
+        self, rows: Sequence[int], firsts: Sequence[int], counts: Sequence[int], tokens: torch.Tensor
+    ) -> torch.Tensor:
+        found = []
+        for row, first, part in zip(rows, firsts, tokens.split(list(counts)), strict=True):
+            seen = self.shown.setdefault(row, [0] * PROMPTS[row])
+            assert len(seen) >= first, "a token was skipped"
+            for position, token in enumerate(part.tolist(), first):
+                del seen[position:]
+                seen.append(token)
+                text = tuple(seen[PROMPTS[row] :])
+                found.append(self.logits(text)[self.names[row]])
+        return torch.tensor(np.array(found), dtype=torch.float32)
+
+
+@dataclass
+class Enumerated:
+    """`Dice` that ask a chooser, in float64."""
+
+    chooser: Chooser
+
+    def draw(self, logits: torch.Tensor, rows: Sequence[int], temperature: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([self._one(row, t) for row, t in zip(logits, temperature, strict=True)])
+
+    def settle(
+        self,
+        target: torch.Tensor,
+        draft: torch.Tensor,
+        tokens: torch.Tensor,
+        numbers: Sequence[int],
+        rows: Sequence[int],
+        temperature: torch.Tensor,
+    ) -> Settled:
+        accepted, following = [], []
+        targets, drafts = target.split([n + 1 for n in numbers]), draft.split(list(numbers))
+        for p_rows, q_rows, drawn, t in zip(
+            targets, drafts, tokens.split(list(numbers)), temperature, strict=True
+        ):
+            for place, token in enumerate(drawn.tolist()):
+                p, q = law_of(p_rows[place], t), law_of(q_rows[place], t)
+                keep = min(1.0, p[token] / q[token])
+                if keep < 1 and self.chooser.choice([keep, 1 - keep]):
+                    left = np.maximum(p - q, 0)
+                    accepted.append(place)
+                    following.append(self.chooser.choice(left / left.sum()))
+                    break
+            else:
+                accepted.append(len(drawn))
+                following.append(self._one(p_rows[-1], t))
+        return Settled(torch.tensor(accepted), torch.tensor(following))
+
+    def _one(self, row: torch.Tensor, temperature: torch.Tensor) -> int:
+        return self.chooser.choice(law_of(row, temperature))
+
+
+def law_of(row: torch.Tensor, temperature: torch.Tensor) -> np.ndarray:
+    if float(temperature) == 0:
+        return np.eye(len(row))[int(row.argmax())]
+    return torch.softmax(row.double(), -1).numpy()
+
+
+@dataclass
+class Sampler:
+    """`Shape` of one temperature and one top-k; what a grammar forbids is -inf before it."""
+
+    heat: float
+    top_k: int
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[int], ahead: Sequence[Any]) -> torch.Tensor:
+        assert len(logits) == len(rows) == len(ahead)
+        logits = logits.clone() / (self.heat or 1.0)
+        if self.top_k:
+            smallest = logits.topk(self.top_k).values[:, -1:]
+            logits[logits < smallest] = -torch.inf
+        return logits
+
+    def temperature(self, rows: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([float(self.heat > 0)] * len(rows))
+
+
+Cut = Callable[[list[int]], int]
+"""Drafted tokens -> how many of them vLLM schedules."""
+
+
+def group_of(formula: Formula, length: int) -> JointGroup:
+    """The group of a formula whose terms are its members, as admission would make it."""
+    speculation = speculate(formula, length)
+    assert not isinstance(speculation, str)
+    own = lower(formula).terms
+    terms = (*own, *(name for level in speculation.levels for name in level.terms if name not in own))
+    terms = tuple(dict.fromkeys(terms))
+    members = range(len(terms))
+    tag = MemberTag(
+        "g",
+        0,
+        len(terms),
+        prompt_length=PROMPTS[0],
+        routine=encode(lower(formula, terms), members),
+        drafts=[encode(lower(level.formula, terms), members) for level in speculation.levels],
+        draft_lengths=list(speculation.lengths),
+        drafter="formula",
+    )
+    ids = [f"g{m}" for m in members]
+    return JointGroup(ids, list(members), tag, routine_of(tag.routine)), terms  # type: ignore[return-value]
+
+
+def answer(
+    chooser: Chooser, formula: Formula, length: int, sampler: Sampler, logits: Any, count: int, cut: Cut = len
+) -> tuple[int, ...]:
+    """`count` tokens of a formula, generated by the worker's code as the engine calls it."""
+    group, terms = group_of(formula, length)  # type: ignore[misc]
+    members = Members(terms, logits)
+    dice: Any = Enumerated(chooser)
+    plans = RowPlans(torch.device("cpu"))
+    tokens: list[int] = []
+    draft = None
+    while len(tokens) < count:
+        # vLLM's step: every member computes its last token and the drafts that were scheduled.
+        drafted = draft.tokens.tolist() if draft else []
+        number = cut(drafted) if drafted else 0
+        inputs = torch.tensor([*(tokens[-1:] or [0]), *drafted[:number]])
+        # The first step's token is the end of the prompt.
+        before = max(0, len(tokens) - 1)
+        firsts = [PROMPTS[row] - (not tokens) + before for row in group.rows]
+        counts = [len(inputs)] * len(firsts)
+        rows = members(group.rows, firsts, counts, inputs.repeat(len(firsts)))
+        each = np.full(len(firsts), number)
+        lengths = np.asarray([PROMPTS[row] + len(tokens) for row in group.rows])
+        plan = plans.plan_step(
+            group.ids, np.zeros(len(firsts), bool), lengths, _extra_args(group).get, lambda _: [], each
+        )
+        assert plan is not None
+        fused = plan.fuse(rows)
+        mine = range(int(plan.starts[0]), int(plan.starts[1]))
+        if draft is None:
+            new = [int(dice.draw(sampler(fused[:1], [0], [tokens]), [0], sampler.temperature([0])))]
+        else:
+            found = settle(fused, [Check(0, mine, draft)], sampler, dice, number + 1)
+            new = [token for token in found[0].tolist() if token != NO_TOKEN]
+            assert 1 <= len(new) <= number + 1
+        tokens += new
+        if len(tokens) >= count:
+            break
+        line = Line(
+            group,
+            [PROMPTS[row] + len(tokens) for row in group.rows],
+            torch.tensor(tokens[-1:]),
+            group.tag.draft_lengths[-1],
+        )
+        (draft,) = Drafter(members, sampler, dice).propose([line])
+        assert 1 <= len(draft.tokens) <= line.wanted
+    return tuple(tokens[:count])
+
+
+def _extra_args(group: JointGroup) -> dict[str, Any]:
+    tags = [group.tag, *(MemberTag("g", i, group.tag.size) for i in range(1, group.tag.size))]
+    return {name: {"marith": tag.to_wire()} for name, tag in zip(group.ids, tags, strict=True)}
+
+
+def formula_of(text: str, normalize: Any = "sum", **factors: int) -> Formula:
+    terms = {name: {"system": name, "speculative_factor": factors.get(name, 1)} for name in "abcd"}
+    return Formula.parse(text, terms, normalize)
+
+
+def distance(found: dict[Any, float], expected: dict[Any, float]) -> float:
+    return max(abs(found.get(tokens, 0) - expected.get(tokens, 0)) for tokens in {*found, *expected})
+
+
+def laws(
+    formula: Formula, length: int, heat: float, top_k: int, count: int = COUNT, cut: Cut = len
+) -> tuple[dict[Any, float], dict[Any, float]]:
+    """What the worker's code generates, and the formula's own law, as float32 rows have it."""
+    logits = random_terms("abcd", VOCAB, seed=5)
+    sampler = Sampler(heat, top_k)
+    found = enumerate_paths(lambda chooser: answer(chooser, formula, length, sampler, logits, count, cut))
+    return found, law(model_of(formula, logits, heat, top_k), VOCAB, count)
+
+
+EVERY_OPERATOR = (
+    "a + 0.6*b",
+    "a + 0.6*b - 0.4*c",
+    "a + union(a, b)",
+    "a + intersection(b, 2*a)",
+    "a + 0.5*indicator(b - a)*a",
+    "a + 0.5*kl_indicator(b, a, 0.01)*a",
+    "normalize(a + b) + a",
+    "topk(a + b, 2)",
+    "topp(a + b, 0.7)",
+    "self_debias(a, b, 5)",
+    "mixture(1: a, 2: b, 0.5: uniform)",
+    "a + plausible(b, a, 0.2)",
+    "superseded(c, b)",
+    "a + schedule(0: 0.5, 1: 2)*b",
+)
+
+
+@pytest.mark.parametrize("text", EVERY_OPERATOR)
+def test_every_operator(text: str) -> None:
+    for heat, top_k in ((1, 0), (0.7, 2), (0, 0)):
+        found, expected = laws(formula_of(text, b=3, c=3), 2, heat, top_k)
+        assert distance(found, expected) < 1e-6, (heat, top_k)
+        assert sum(found.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_every_length(length: int) -> None:
+    found, expected = laws(formula_of("a + 0.6*b", b=2), length, 1, 0, count=3)
+    assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("heat", [1, 0])
+def test_levels_nest(heat: float) -> None:
+    found, expected = laws(formula_of("a + 0.6*b - 0.4*c", b=2, c=3), 2, heat, 0)
+    assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_drafts_that_vllm_has_no_room_for(number: int) -> None:
+    found, expected = laws(
+        formula_of("a + 0.6*b", b=3), 2, 1, 0, cut=lambda drafted: min(number, len(drafted))
+    )
+    assert distance(found, expected) < 1e-6
+
+
+def _forbidding(logits: Any, forbidden: int) -> Any:
+    """The terms of a formula under a grammar that does not know a token."""
+
+    def masked(text: tuple[int, ...]) -> dict[str, np.ndarray]:
+        values = {name: row.copy() for name, row in logits(text).items()}
+        for row in values.values():
+            row[forbidden] = -np.inf
+        return values
+
+    return masked
+
+
+def test_drafts_that_a_grammar_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The grammar forbids a token; the partial formula knows nothing of it, the scheduler cuts there."""
+    forbidden = 1
+    formula, logits = formula_of("a + 0.6*b", b=3), random_terms("abcd", VOCAB, seed=5)
+    sampler = Sampler(1, 0)
+
+    def cut(drafted: list[int]) -> int:
+        return drafted.index(forbidden) if forbidden in drafted else len(drafted)
+
+    fuse = __import__("vllm_marith.engine.worker.rows", fromlist=["RowPlan"]).RowPlan.fuse
+
+    def with_grammar(self: Any, rows: torch.Tensor) -> torch.Tensor:
+        fused = fuse(self, rows)
+        fused[:, forbidden] = -torch.inf
+        return fused
+
+    monkeypatch.setattr("vllm_marith.engine.worker.rows.RowPlan.fuse", with_grammar)
+    found = enumerate_paths(lambda chooser: answer(chooser, formula, 2, sampler, logits, COUNT, cut))
+    expected = law(model_of(formula, _forbidding(logits, forbidden)), VOCAB, COUNT)
+    assert distance(found, expected) < 1e-6
+
+
+def test_what_a_partial_formula_reads() -> None:
+    group, terms = group_of(formula_of("a + 0.6*b - 0.4*c", b=2, c=3), 2)  # type: ignore[misc]
+    assert terms == ("a", "b", "c")
+    assert [members_of(routine_of(text)) for text in group.tag.drafts] == [[0], [0, 1]]
+    assert group.tag.draft_lengths == [1, 2]
+
+
+def test_lines_of_different_depth_and_length_grow_together() -> None:
+    """What one group wants makes no difference to another."""
+    logits = random_terms("abcd", VOCAB, seed=5)
+    formulas = [formula_of("a + 0.6*b", b=3), formula_of("a + 0.6*b - 0.4*c", b=2, c=4)]
+    groups = [group_of(formula, 3)[0] for formula in formulas]  # type: ignore[index]
+    members = Members("abc", logits)
+    sampler = Sampler(0, 0)
+    lengths = [5, 2, 3]
+    lines = [
+        Line(group, lengths, torch.tensor([2]), wanted) for group, wanted in zip(groups, (3, 2), strict=True)
+    ]
+    for row, length in enumerate(lengths):
+        members.shown[row] = [0] * (length - 1)
+    dice: Any = Enumerated(Dice(0))
+    alone = [Drafter(members, sampler, dice).propose([line])[0] for line in lines]
+    again = [Line(line.group, lengths, line.last, line.wanted) for line in lines]
+    together = Drafter(members, sampler, dice).propose(again)
+    assert [len(draft.tokens) for draft in together] == [3, 2]
+    for one, other in zip(alone, together, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert torch.equal(one.logits, other.logits)

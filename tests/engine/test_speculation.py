@@ -1,0 +1,272 @@
+"""Formulas that draft, through vLLM's V1 runner, against a plain Hugging Face float32 loop."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from tests.support import constituents as several
+from tests.support import engines, exactness, reference, workload
+from tests.support.statistics import CLEARLY_WRONG, SIGNIFICANCE, chi_square
+from vllm_marith import Formula
+
+LENGTH = 32
+SEED = 3
+FORMULAS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a small model drafts": ("superseded(s, a)", {"s": {"model": "small"}}),
+    "a term lags": ("a + 0.5*b", {"b": {"system": "", "speculative_factor": 4}}),
+    "two levels, three models": (
+        "a + 0.6*union(a, b) - 0.2*c",
+        {
+            "b": {"system": "", "speculative_factor": 2},
+            "c": {"system": "", "speculative_factor": 4, "model": "qwen"},
+        },
+    ),
+    "the leader lags": (
+        "b + 0.5*a",
+        {"b": {"system": "", "speculative_factor": 3}, "a": {"model": "small"}},
+    ),
+    "drafts for a formula": ("superseded(s, 2*a - b)", {"s": {"model": "qwen"}, "b": {"system": ""}}),
+    "nothing lags": ("2*a - 0.5*b", {"b": {"system": ""}}),
+}
+
+
+def job_of(rng: random.Random, name: str) -> workload.Job:
+    text, terms = FORMULAS[name]
+    heads = {n: workload.words(rng, 1, 12) for n, term in terms.items() if "system" in term}
+    formula = Formula.parse(
+        text, {n: term | ({"system": heads[n]} if n in heads else {}) for n, term in terms.items()}
+    )
+    asked = workload.words(rng, 2, 10)
+    prompts = {n: f"{heads[n]}\n{asked}" if n in heads else asked for n in formula.terms}
+    models = {n: term["model"] for n, term in terms.items() if "model" in term}
+    return workload.Job(asked, formula, prompts, rng.randint(0, 2), models)
+
+
+@cache
+def jobs() -> list[workload.Job]:
+    """Every formula twice, and plain requests between them."""
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    return [job_of(rng, name) if name else workload.job(rng, 0) for name in [*FORMULAS, "", *FORMULAS, ""]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    return several.make(tmp_path_factory.mktemp("speculation"), sharpness=2.5)
+
+
+@cache
+def expected(base: str, constituents: tuple[tuple[str, str], ...]) -> list[reference.Reference]:
+    return exactness.references(base, jobs(), LENGTH, dict(constituents))
+
+
+def drafts(llm: Any) -> tuple[int, int]:
+    """(drafted, accepted) since the last call."""
+    figures = engines.scheduler(llm).take_figures()
+    return sum(n for _, n in figures["drafted"]), sum(n for _, n in figures["accepted"])
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "roomy": {},
+    "small_steps": dict(max_num_batched_tokens=24, max_num_seqs=24),
+    "small_cache": dict(max_model_len=128, num_gpu_blocks_override=30),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_equals_huggingface(case: str, models: tuple[str, dict[str, str]]) -> None:
+    base, constituents = models
+    settings = {"speculative": "auto", "max_speculative_tokens": 4} if case == "auto" else {"speculative": 3}
+    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
+    with several.engine(base, constituents, marith=settings, **CASES[case]) as llm:
+        scheduler = engines.scheduler(llm)
+        answers = exactness.generate(llm, jobs(), asked)
+        preempted = scheduler.figures.preempted
+        drafted, accepted = drafts(llm)
+    exactness.assert_greedy(jobs(), answers, expected(base, tuple(constituents.items())))
+    assert (preempted > 0) == (case == "small_cache")
+    assert 0 < accepted < drafted
+
+
+# ------------------------------------------------------------------------------------- one engine for the rest
+
+
+@pytest.fixture(scope="module")
+def engine(models: tuple[str, dict[str, str]]) -> Iterator[Any]:
+    base, constituents = models
+    settings = several.settings(constituents, max_speculative_tokens=8, speculative=3)
+    with engines.engine(base, additional_config=settings, max_num_seqs=96) as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(engine: Any) -> Iterator[Any]:
+    torch.manual_seed(0)
+    drafts(engine)
+    yield engine
+    engines.assert_all_returned(engine)
+
+
+def one(name: str) -> workload.Job:
+    return job_of(random.Random(SEED), name)
+
+
+def generate(llm: Any, job: workload.Job, number: int = 1, **asked: Any) -> list[Any]:
+    params = exactness.params_of(job, **asked)
+    outputs = llm.generate([job.text] * number, [params] * number, use_tqdm=False)
+    return [output.outputs[0] for output in outputs]
+
+
+@pytest.mark.parametrize(
+    ("name", "speculative"), [("a small model drafts", 2), ("two levels, three models", None)]
+)
+def test_sequences_are_distributed_as_the_formula_says(
+    llm: Any, models: tuple[str, dict[str, str]], name: str, speculative: int | None
+) -> None:
+    """Four tokens of two outcomes each after top-k: one step, then a round of two drafts and more."""
+    base, constituents = models
+    count, number, top_k = 4, 5000, 2
+    job = one(name)
+    asked = dict(temperature=1.0, top_k=top_k, max_tokens=count, ignore_eos=True)
+    found = Counter(
+        tuple(completion.token_ids)
+        for completion in generate(llm, job, number, speculative=speculative, **asked)
+    )
+    drafted, accepted = drafts(llm)
+    assert 0 < accepted < drafted
+
+    formula, ids = job.reference_formula(), exactness.ids_of(job)
+    paths = exactness.models_of(job, base, constituents)
+
+    @cache
+    def likely(tokens: tuple[int, ...]) -> dict[int, float]:
+        with torch.inference_mode():
+            rows = {
+                term: reference.load(paths[term])(torch.tensor([ids[term] + list(tokens)])).logits[0, -1]
+                for term in formula.terms
+            }
+            values, kept = formula.evaluate(rows, dtype=torch.float64).topk(top_k)
+        return dict(zip(kept.tolist(), values.softmax(-1).tolist(), strict=True))
+
+    law: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(count):
+        law = {(*t, x): p * q for t, p in law.items() for x, q in likely(t).items()}
+    outcomes = sorted(law)
+    assert set(found) <= set(outcomes)
+    samples = [place for place, outcome in enumerate(outcomes) for _ in range(found[outcome])]
+    logs = torch.tensor([law[outcome] for outcome in outcomes]).log()
+    assert chi_square(samples, logs) > SIGNIFICANCE
+    # What the drafts alone would have given is told apart: the test can fail.
+    level = next(n for n in formula.terms if n != "a") if speculative else "a"
+    with torch.inference_mode():
+        row = reference.load(paths[level])(torch.tensor([ids[level]])).logits[0, -1]
+    first = [outcome[0] for outcome in outcomes]
+    alone = torch.tensor([float(row.softmax(-1)[token]) for token in first])
+    assert chi_square(samples, (alone / alone.sum()).log()) < CLEARLY_WRONG
+
+
+SURFACE: dict[str, dict[str, Any]] = {
+    "log-probabilities": dict(logprobs=5),
+    "penalties": dict(presence_penalty=0.6, frequency_penalty=0.4, repetition_penalty=1.2),
+    "bias and minimum": dict(logit_bias={300: 4.0, 301: 3.0}, min_tokens=9),
+    "few tokens": dict(allowed_token_ids=list(range(300, 330)), frequency_penalty=0.5),
+    "stop": dict(stop=["e"], include_stop_str_in_output=True),
+    "end": dict(ignore_eos=False, logit_bias={2: 14.0}, min_tokens=5),
+    "several": dict(n=1, max_tokens=1),
+}
+
+
+@pytest.mark.parametrize("asked", SURFACE.values(), ids=list(SURFACE))
+def test_nothing_changes_but_the_speed(llm: Any, asked: dict[str, Any]) -> None:
+    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True) | asked
+    for name in FORMULAS:
+        job = one(name)
+        (plain,) = generate(llm, job, speculative="off", **asked)
+        assert drafts(llm) == (0, 0)
+        (found,) = generate(llm, job, **asked)
+        assert found.token_ids == plain.token_ids
+        assert (found.text, found.finish_reason) == (plain.text, plain.finish_reason)
+        assert found.stop_reason == plain.stop_reason
+        for one_step, other in zip(found.logprobs or [], plain.logprobs or [], strict=True):
+            assert one_step.keys() == other.keys()
+            for token, logprob in one_step.items():
+                assert logprob.logprob == pytest.approx(other[token].logprob, abs=1e-4)
+
+
+def test_seeds(llm: Any) -> None:
+    """The same answer again, whoever is beside; and plain requests draw what they draw without drafts."""
+    job, plain = one("a small model drafts"), workload.Job("The value of")
+    asked = dict(temperature=1.0, seed=7, max_tokens=24, ignore_eos=True)
+    (first,) = generate(llm, job, speculative=3, **asked)
+    (alone,) = generate(llm, plain, **asked)
+    assert drafts(llm)[1] > 0
+    params = [
+        job.formula.sampling_params(speculative=3, **asked),
+        SamplingParams(**asked),
+        one("two levels, three models").formula.sampling_params(temperature=0.8, max_tokens=30),
+    ]
+    again, beside, _ = llm.generate([job.text, plain.text, "So"], params, use_tqdm=False)
+    assert again.outputs[0].token_ids == first.token_ids
+    assert beside.outputs[0].token_ids == alone.token_ids
+
+
+def test_an_abort_between_draft_and_check(llm: Any) -> None:
+    core = llm.llm_engine
+    for step in range(3, 7):
+        core.add_request("gone", "It is", one("a small model drafts").formula.sampling_params(max_tokens=64))
+        core.add_request("stays", "So", one("a term lags").formula.sampling_params(max_tokens=12))
+        for _ in range(step):
+            core.step()
+        core.abort_request(["gone"])
+        while core.has_unfinished_requests():
+            core.step()
+        engines.assert_all_returned(llm)
+    assert drafts(llm)[0] > 0
+
+
+def test_ngrams_draft(llm: Any) -> None:
+    """The paper's superseded(A, M) with a free A: vLLM's own proposer, checked by the formula."""
+    text = "one two three four five six seven eight " * 4
+    formula = Formula.parse("superseded(g, 2*a - b)", {"g": {"model": "ngram"}, "b": {"system": "Count."}})
+    asked = dict(temperature=0, max_tokens=48, ignore_eos=True, allowed_token_ids=list(range(300, 306)))
+    plain, found = (
+        llm.generate([text], formula.sampling_params(speculative=how, **asked), use_tqdm=False)[0].outputs[0]
+        for how in ("off", 4)
+    )
+    drafted, accepted = drafts(llm)
+    assert found.token_ids == plain.token_ids
+    assert 0 < accepted <= drafted
+
+
+def test_explicit_drafts_that_cannot_be_are_refused(llm: Any) -> None:
+    with pytest.raises(VLLMValidationError, match="superseded"):
+        generate(llm, one("nothing lags"), speculative=2)
+
+
+def test_vllm_counts_a_group_once(llm: Any) -> None:
+    """Its own metrics of speculation: drafts of the leader's, not of every member."""
+    scheduler = engines.scheduler(llm)
+    counted: list[tuple[int, int]] = []
+    stats = scheduler.make_spec_decoding_stats
+
+    def watching(before: Any, number: int, accepted: int, *others: Any, **named: Any) -> Any:
+        made = stats(before, number, accepted, *others, **named)
+        counted.append((number, accepted))
+        return made
+
+    generate(llm, one("two levels, three models"), temperature=0, max_tokens=20)
+    drafted, accepted = drafts(llm)
+    assert drafted and not counted
+    assert stats.__func__ is not None and watching is not None
+    assert accepted <= drafted
+    _ = list(product([1], [2]))

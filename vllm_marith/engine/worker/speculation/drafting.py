@@ -1,0 +1,205 @@
+"""Drafts of partial formulas, for all groups of a step together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import marith_kernels
+import torch
+
+from vllm_marith.plan import Routine
+
+from ..rows import JointGroup, pipeline_of, routine_of
+from .dice import Dice
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Tokens that a group proposes.
+
+    Attributes:
+        length: tokens of the leader's sequence in front of them.
+        tokens: int64 ``[k]``.
+        logits: float32 ``[k, vocab]``, what each was drawn from: softmax of its row, or its argmax where the
+            request is greedy.
+    """
+
+    length: int
+    tokens: torch.Tensor
+    logits: torch.Tensor
+
+
+class Forward(Protocol):
+    """Logits of some members on some tokens, whose keys and values it leaves in their KV cache."""
+
+    def __call__(
+        self, rows: Sequence[int], firsts: Sequence[int], counts: Sequence[int], tokens: torch.Tensor
+    ) -> torch.Tensor:
+        """float32 or the model's dtype ``[sum(counts), vocab]``.
+
+        Args:
+            rows: request rows of the members.
+            firsts: position of each member's first token here.
+            counts: each member's number of tokens.
+            tokens: int64 ``[sum(counts)]``, one member's behind the other's.
+        """
+
+
+class Shape(Protocol):
+    """What a request asks of the sampler: penalties, bias, temperature, top-k and so on."""
+
+    def __call__(
+        self, logits: torch.Tensor, rows: Sequence[int], ahead: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """float32 ``[n, vocab]``: logits whose softmax the tokens are drawn from.
+
+        Args:
+            logits: ``[n, vocab]``, of formulas.
+            rows: request rows of the leaders whose they are.
+            ahead: int64, drafted tokens between each leader's sequence and the position.
+        """
+
+    def temperature(self, rows: Sequence[int]) -> torch.Tensor:
+        """float32 ``[n]``: 0 for greedy requests, 1 for all others, whose logits were divided already."""
+
+
+@dataclass
+class Line:
+    """A group that is drafting.
+
+    Attributes:
+        group: the group.
+        lengths: tokens of each member's sequence.
+        last: int64 ``[1]``, the last of them.
+        wanted: how many tokens it is to propose.
+        tokens: int64 ``[1]`` each, proposed so far.
+        logits: float32 ``[vocab]`` each, what they were drawn from.
+    """
+
+    group: JointGroup
+    lengths: Sequence[int]
+    last: torch.Tensor
+    wanted: int
+    tokens: list[torch.Tensor] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def leader(self) -> int:
+        return self.group.rows[0]
+
+    def ahead(self, number: int) -> torch.Tensor:
+        """The first so many tokens, int64 ``[number]``."""
+        return torch.cat(self.tokens[:number]) if number else self.last[:0]
+
+    def draft(self) -> Draft:
+        return Draft(self.lengths[0], torch.cat(self.tokens), torch.stack(self.logits))
+
+
+class Drafter:
+    """Lets lines grow to what they want."""
+
+    def __init__(self, forward: Forward, shape: Shape, dice: Dice) -> None:
+        self._forward = forward
+        self._shape = shape
+        self._dice = dice
+
+    def propose(self, lines: Sequence[Line]) -> list[Draft]:
+        """The drafts of lines that have none yet, and want one at least."""
+        for depth in sorted({len(line.group.tag.drafts) for line in lines}):
+            those = [line for line in lines if len(line.group.tag.drafts) == depth]
+            self._grow(those, depth - 1, [line.wanted for line in those])
+        return [line.draft() for line in lines]
+
+    def _grow(self, lines: Sequence[Line], level: int, goals: Sequence[int]) -> None:
+        """Until each line has its goal's number of tokens, distributed as this level's partial formula."""
+        while growing := [(line, goal) for line, goal in zip(lines, goals, strict=True) if _left(line, goal)]:
+            active = [line for line, _ in growing]
+            known = [len(line.tokens) for line in active]
+            if level:
+                # One token fewer: the check brings one itself.
+                targets = [
+                    len(line.tokens) + min(_left(line, goal) - 1, lengths_of(line.group)[level - 1])
+                    for line, goal in growing
+                ]
+                self._grow(active, level - 1, targets)
+            self._check(active, level, known)
+            for line, goal in growing:
+                del line.tokens[goal:], line.logits[goal:]
+
+    def _check(self, lines: Sequence[Line], level: int, known: Sequence[int]) -> None:
+        """Settles the tokens behind the first `known` of each line; where there are none, draws one."""
+        target = self._shaped(lines, level, known)
+        leaders = [line.leader for line in lines]
+        temperature = self._shape.temperature(leaders)
+        numbers = [len(line.tokens) - first for line, first in zip(lines, known, strict=True)]
+        rows = target.split([number + 1 for number in numbers])
+        if not any(numbers):
+            drawn = self._dice.draw(target, leaders, temperature)
+            for line, token, row in zip(lines, drawn.split(1), rows, strict=True):
+                line.tokens.append(token)
+                line.logits.append(row[0])
+            return
+        drafted = [line.logits[first:] for line, first in zip(lines, known, strict=True)]
+        settled = self._dice.settle(
+            target,
+            torch.stack([row for logits in drafted for row in logits]),
+            torch.cat([line.ahead(len(line.tokens))[f:] for line, f in zip(lines, known, strict=True)]),
+            numbers,
+            leaders,
+            temperature,
+        )
+        for line, first, accepted, token, row in zip(
+            lines, known, settled.accepted.tolist(), settled.following.split(1), rows, strict=True
+        ):
+            line.tokens[first + accepted :] = [token]
+            line.logits[first:] = list(row[: accepted + 1])
+
+    def _shaped(self, lines: Sequence[Line], level: int, known: Sequence[int]) -> torch.Tensor:
+        """float32 ``[positions, vocab]``: the level's formula behind each token of a line from `known` on."""
+        rows, firsts, counts, inputs = [], [], [], []
+        pipelines, batch_rows, leaders, ahead = [], [], [], []
+        total = 0
+        for line, first in zip(lines, known, strict=True):
+            routine = routine_of(line.group.tag.drafts[level])
+            tokens = torch.cat([line.last, *line.tokens])[first:]
+            places = {}
+            for member in members_of(routine):
+                places[member] = total
+                rows.append(line.group.rows[member])
+                firsts.append(line.lengths[member] - 1 + first)
+                counts.append(len(tokens))
+                inputs.append(tokens)
+                total += len(tokens)
+            for offset in range(len(tokens)):
+                dials = line.group.schedules(routine, line.lengths[0], first + offset)
+                pipelines.append(pipeline_of(line.group.tag.drafts[level], dials))
+                # A row that the routine does not read stands for itself.
+                some = min(places.values())
+                batch_rows.append([places.get(m, some) + offset for m in range(routine.terms)])
+                leaders.append(line.leader)
+                ahead.append(line.ahead(first + offset))
+        logits = self._forward(rows, firsts, counts, torch.cat(inputs))
+        batch = marith_kernels.StagedBatch.build(pipelines, batch_rows, logits.device)
+        shaped = self._shape(batch.run(logits).logits, leaders, ahead)
+        # A model that answers with NaN proposes anything; what becomes of its group, the formula's own rows
+        # decide.
+        sound = shaped.amax(-1, keepdim=True).isfinite()
+        return torch.where(sound, shaped, 0.0)
+
+
+def members_of(routine: Routine) -> list[int]:
+    """The members whose logits a routine reads."""
+    read = {row for stage in routine.stages for _, row, _ in stage.instructions}
+    read |= {row for stage in routine.stages for row in stage.sources}
+    return sorted(row for row in read if 0 <= row < routine.terms)
+
+
+def lengths_of(group: JointGroup) -> list[int]:
+    """How many tokens each of a group's partial formulas drafts; n-grams in front of them have no part."""
+    return group.tag.draft_lengths[-len(group.tag.drafts) :]
+
+
+def _left(line: Line, goal: int) -> int:
+    return max(0, goal - len(line.tokens))
