@@ -134,6 +134,10 @@ def test_the_core_counts_and_forgets() -> None:
     figures = CoreFigures()
     figures.arrive("r1", 3, "steer")
     figures.arrive("r2", 1, "custom")
+    figures.step("r1")
+    figures.step("r1")
+    figures.check("r1", 5, 3)
+    figures.check("plain", 4, 4)
     figures.end("plain", 100)
     figures.end("r1", 7)
     figures.fused_rows[3] += 7
@@ -145,6 +149,9 @@ def test_the_core_counts_and_forgets() -> None:
         "tokens": [("steer", 7)],
         "preempted": 0,
         "failed": [("torn", 1)],
+        "steps": [("steer", 2)],
+        "drafted": [("steer", 5)],
+        "accepted": [("steer", 3)],
     }
     figures.end("r1", 7)
     figures.end("r2", 2)

@@ -114,7 +114,7 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
         setattr(output, _SENT, time.monotonic())
 
     def _may_draft(self) -> bool:
-        """vLLM gives no log-probabilities of chosen tokens in steps with drafts; a request may ask for some."""
+        """vLLM gives no log-probabilities of chosen tokens beside drafts, and a request may ask for some."""
         return not any(r.sampling_params and r.sampling_params.logprob_token_ids for r in self.running)
 
     def _number_of_drafts(self, group: Group) -> int:
