@@ -142,13 +142,15 @@ def _stamp() -> int:
 
 
 def _on_disk(compiler: Callable, function: Callable) -> Any:
-    """`function` compiled, with a disk cache unless neither this nor the user's directory is writable."""
+    """`function` compiled, and kept on disk where a directory for it is writable and the disk not full."""
     try:
         return compiler(cache=True)(function)
+    except OSError:
+        pass
     except RuntimeError as error:
         if "no locator available" not in str(error):
             raise
-        return compiler(cache=False)(function)
+    return compiler(cache=False)(function)
 
 
 @functools.cache

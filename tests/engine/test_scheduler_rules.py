@@ -307,3 +307,21 @@ def test_members_of_one_token_and_resumed_sessions(tiny_model: Any, length: int)
         engine.step()
     engine.abort(sessions)
     engine.drain()
+
+
+@pytest.mark.parametrize("by_priority", [False, True])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_clock_may_step(tiny_model: Any, by_priority: bool, asynchronous: bool) -> None:
+    """Arrival times are the wall clock's, which is set back and forth: nobody is lost, torn or starved."""
+    rng = random.Random(5)
+    options = Options(asynchronous, by_priority, num_blocks=18, max_num_seqs=9, max_num_batched_tokens=12)
+    engine = FakeEngine(tiny_model, options)
+    for _ in range(60):
+        lengths = [rng.randint(1, 20) for _ in range(rng.randint(1, 4))]
+        job = group(*lengths, max_tokens=rng.randint(1, 40), priority=rng.randrange(2))
+        engine.add(job, arrival_time=rng.choice([-1e9, 0.0, rng.random(), 1e12]))
+        for _ in range(rng.randint(0, 4)):
+            engine.step()
+    engine.drain()
+    assert engine.scheduler.figures.preempted > 0
+    assert not engine.scheduler.figures.failed

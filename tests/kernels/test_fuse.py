@@ -255,13 +255,20 @@ def test_a_fresh_process_needs_only_torch():
     assert answer.stdout.strip() == "[]"
 
 
-def test_no_disk_cache_is_no_obstacle():
+@pytest.mark.parametrize(
+    "failure",
+    [
+        RuntimeError("cannot cache function 'f': no locator available for file 'f.py'"),
+        OSError(28, "No space left on device"),
+    ],
+)
+def test_no_disk_cache_is_no_obstacle(failure):
     tried = []
 
     def compiler(cache):
         tried.append(cache)
         if cache:
-            raise RuntimeError("cannot cache function 'f': no locator available for file 'f.py'")
+            raise failure
         return lambda function: function
 
     assert numba_cpu._on_disk(compiler, max) is max
