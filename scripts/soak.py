@@ -254,11 +254,16 @@ def kill_engine(load: Load, pid: int) -> dict[str, Any]:
     (engine,) = [
         p for p in psutil.Process(pid).children(recursive=True) if "EngineCore" in "".join(p.cmdline())
     ]
-    started, ends = threading.Semaphore(0), []
+    started = threading.Semaphore(0)
 
-    def ask(task: Task) -> str:
+    def ask(formula: str | None) -> str:
+        """What becomes of an answer of 400 tokens."""
+        terms = {"b": {"system": "So"}}
+        body: dict[str, Any] = {"ignore_eos": True}
+        if formula:
+            body["vllm_xargs"] = {"marith": json.dumps({"formula": formula, "terms": terms})}
         try:
-            stream = Task(task.text, 400, task.body).ask(load.client(), extra_body=task.body, stream=True)
+            stream = Task("The value", 400, body).ask(load.client(), extra_body=body, stream=True)
             next(iter(stream))
             started.release()
             for _ in stream:
@@ -268,7 +273,7 @@ def kill_engine(load: Load, pid: int) -> dict[str, Any]:
         return "complete"
 
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(ask, task) for task in load.tasks[:4]]
+        answers = [pool.submit(ask, formula) for formula in (None, "base - 0.5*b", "base + b", None)]
         for _ in answers:
             started.acquire(timeout=END_SECONDS)
         killed = time.monotonic()

@@ -22,8 +22,10 @@ from vllm_marith import Formula
 from vllm_marith.engine.group import KEY, Cause, ClassifierTerm, GroupSpec, member_tags
 from vllm_marith.engine.worker import rows as rows_module
 from vllm_marith.engine.worker.failures import StepFailures
+from vllm_marith.engine.worker.rows import JointGroup
 from vllm_marith.engine.worker.runner_v2 import StepGroups
-from vllm_marith.plan import encode, lower
+from vllm_marith.engine.worker.scoring import PromptScorer
+from vllm_marith.plan import decode, encode, lower
 
 CPU = torch.device("cpu")
 VOCAB = 64
@@ -148,6 +150,34 @@ def test_a_fusion_that_fails_ends_the_step_s_groups_and_not_the_worker(
     assert {name: cause for name, (cause, _) in failures.items()} == {"a": Cause.ERROR, "b": Cause.ERROR}
     assert torch.equal(fused[2], logits[2])
     assert sampled[2] == logits[2].argmax()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scores_of_a_prompt_are_judged_too(value: float) -> None:
+    """Positions that no later one attends to, as it were: what is sampled behind them is sound."""
+    from vllm.v1.outputs import LogprobsTensors
+
+    def gather(logits: torch.Tensor, tokens: torch.Tensor) -> LogprobsTensors:
+        scores = logits.log_softmax(-1).gather(1, tokens[:, None])
+        return LogprobsTensors(tokens[:, None], scores, torch.zeros_like(tokens))
+
+    scorer, failed = PromptScorer(CPU), {}
+    for name in ("good", "bad"):
+        plan = lower(Formula.parse("2*a - b"))
+        spec = GroupSpec([[1, 5, 6]], encode(plan, range(2)), scored=True)
+        tags = member_tags(name, spec, prompt_length=3)
+        for i, tag in enumerate(tags):
+            hidden = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(i))
+            if name == "bad" and i:
+                hidden[0, 7] = value
+            scorer.keep(f"{name}{i}", tag, 3, 0, hidden)
+        group = JointGroup([f"{name}0", f"{name}1"], [0, 1], tags[0], decode(spec.routine))
+        scorer.score(group, lambda _, parts: torch.cat(parts), torch.tensor([5, 6]), gather)
+        failed[name] = scorer.add_failures(None)
+    assert failed["good"] is None
+    assert {name: cause for name, (cause, _) in failed["bad"].items()} == {"bad": Cause.LOGITS}
+    other = StepFailures({"c": (Cause.TORN, "")})
+    assert scorer.add_failures(other) is other
 
 
 def test_a_verdict_travels_as_plain_data() -> None:
