@@ -219,7 +219,10 @@ class Memory:
 
     def __init__(self, pid: int) -> None:
         self._processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-        self._names = [f"{p.pid} {' '.join(p.cmdline())[:40]}" for p in self._processes]
+        self._names = [
+            " ".join([str(p.pid), *(Path(word).name for word in p.cmdline()[:2])]).strip()
+            for p in self._processes
+        ]
         self._samples: list[list[float]] = []
         self._stop = threading.Event()
 

@@ -91,18 +91,18 @@ class RowPlan:
         for witness in self.witnesses:
             witness.before(logits)
         with FIGURES.fusing():
-            unreadable = self.soundness.unreadable(logits)
+            read = self.soundness.read(logits)
             fused = self.batch.run(logits, external=self._write).logits
             if self.head:
                 fused = torch.cat([fused, logits.index_select(0, self.head.leaders).float()])
-            verdicts = self.soundness.judge(unreadable, fused)
+            peaks = self.soundness.judge(read, fused)
             # Sampling works in float32 anyway; rows of plain requests keep their values.
             logits = logits.float()
             logits = logits.index_copy_(0, self.leaders, fused)
         for witness in self.witnesses:
             witness.after(logits)
         known = dict(self.broken) | (self.classifiers.failures if self.classifiers else {})
-        return logits, StepFailures(known, self.soundness.names, verdicts)
+        return logits, StepFailures(known, self.soundness.names, peaks)
 
     def _write(
         self,
@@ -294,6 +294,8 @@ class RowPlans:
             head = HeadPlan.build(head_programs, head_rows, int(starts[-1]), self.device)
         # Of a group that is combined before the head, the leader's row is all that there is.
         read = batched_rows + [rows[:1] for rows in head_rows]
+        most = max(map(len, read), default=1)
+        filled = [[*rows, *rows[:1] * (most - len(rows))] for rows in read]
         planned = [*batched, *headed]
         return RowPlan(
             head,
@@ -301,8 +303,7 @@ class RowPlans:
             batched,
             Soundness(
                 [group.tag.group for group in planned],
-                index([row for rows in read for row in rows]),
-                index([owner for owner, rows in enumerate(read) for _ in rows]),
+                index([row for rows in filled for row in rows]).view(-1, most),
             ),
             index([rows[0] for rows in read]),
             index(followers),
