@@ -170,7 +170,8 @@ def answer(
             group.ids, np.zeros(len(firsts), bool), lengths, _extra_args(group).get, lambda _: [], each
         )
         assert plan is not None
-        fused = plan.fuse(rows)
+        fused, failures = plan.fuse(rows)
+        assert not failures
         mine = range(int(plan.starts[0]), int(plan.starts[1]))
         if draft is None:
             new = [int(dice.draw(sampler(fused[:1], [0], [tokens]), [0], sampler.temperature([0])))]
@@ -285,10 +286,10 @@ def test_drafts_that_a_grammar_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fuse = __import__("vllm_marith.engine.worker.rows", fromlist=["RowPlan"]).RowPlan.fuse
 
-    def with_grammar(self: Any, rows: torch.Tensor) -> torch.Tensor:
-        fused = fuse(self, rows)
+    def with_grammar(self: Any, rows: torch.Tensor) -> Any:
+        fused, failures = fuse(self, rows)
         fused[:, forbidden] = -torch.inf
-        return fused
+        return fused, failures
 
     monkeypatch.setattr("vllm_marith.engine.worker.rows.RowPlan.fuse", with_grammar)
     found = enumerate_paths(lambda chooser: answer(chooser, formula, 2, sampler, logits, COUNT, cut))

@@ -39,7 +39,11 @@ def unread(request_ids: Any) -> Any:
 def batch_of(request_ids: list[str], lengths: list[int], prompts: list[int]) -> Any:
     padded = torch.tensor([*lengths, 0, 0], dtype=torch.int32)  # rows of a CUDA graph that are not used
     return SimpleNamespace(
-        req_ids=request_ids, seq_lens_cpu_upper_bound=padded, prefill_len_np=np.array(prompts, np.int32)
+        req_ids=request_ids,
+        num_reqs=len(request_ids),
+        seq_lens_cpu_upper_bound=padded,
+        prefill_len_np=np.array(prompts, np.int32),
+        cu_num_logits_np=np.arange(len(request_ids) + 1, dtype=np.int32),
     )
 
 
@@ -172,7 +176,7 @@ def test_logits_that_did_not_pass_through_us_are_noticed(groups: StepGroups) -> 
     with pytest.raises(RuntimeError, match="did not give"):
         groups.tie(torch.zeros(3, 1, dtype=torch.int64))
     groups.begin_step(READY, unread)
-    with pytest.raises(RuntimeError, match="3, found 6 rows"):
+    with pytest.raises(RuntimeError, match="draft, 3, found 6"):
         fuse(groups, logits_of(6))
     groups.begin_step(READY, unread)
     assert fuse(groups, logits_of(3)) is not None  # the next step is a step like any other
@@ -204,7 +208,9 @@ class Plain:
 
 
 def sampler(logits: torch.Tensor, batch: Any) -> Any:
-    return SimpleNamespace(sampled_token_ids=logits.argmax(-1, keepdim=True))
+    ones = torch.ones(len(logits), dtype=torch.int32)
+    tokens = logits.argmax(-1, keepdim=True)
+    return SimpleNamespace(sampled_token_ids=tokens, num_sampled=ones, num_rejected=ones - 1)
 
 
 sampler.penalties_state = "vLLM's"  # type: ignore[attr-defined]
@@ -330,7 +336,7 @@ def test_the_registered_class_serves_both_runners(monkeypatch: pytest.MonkeyPatc
         ("parallel_config", "enable_dbo", True, "--enable-dbo"),
         ("parallel_config", "prefill_context_parallel_size", 2, "context parallelism"),
         ("", "watermark_config", object(), "--watermark-config"),
-        ("", "speculative_config", object(), "--speculative-config"),
+        ("", "speculative_config", SimpleNamespace(method="eagle3"), "--speculative-config"),
     ],
 )
 def test_options_that_would_tear_groups_apart_are_refused(
@@ -361,7 +367,36 @@ def test_options_that_would_tear_groups_apart_are_refused(
         kv_transfer_config=None,
         ec_transfer_config=None,
     )
+    config.use_v2_model_runner = False
     check_options(config)
     setattr(getattr(config, section) if section else config, option, value)
     with pytest.raises(UnsupportedError, match=sentence):
         check_options(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "sentence"),
+    [
+        ({}, "", "--speculative-config cannot be combined with formulas on the V2 model runner"),
+        ({"speculative": 2}, "async_scheduling", "--no-async-scheduling"),
+        ({"speculative": 2}, "return_sampling_mask", "sampling masks"),
+        ({"speculative": 2}, "enable_trace_replay", "trace replay"),
+    ],
+)
+def test_what_drafts_on_v2_are_not_combined_with(settings: dict[str, Any], asked: str, sentence: str) -> None:
+    from vllm_marith.engine.speculation import refusals
+
+    def refused(options: dict[str, bool]) -> list[str]:
+        config = SimpleNamespace(
+            additional_config={"marith": settings},
+            use_v2_model_runner=True,
+            speculative_config=SimpleNamespace(method="ngram"),
+            scheduler_config=SimpleNamespace(async_scheduling=options["async_scheduling"]),
+            model_config=SimpleNamespace(**options),
+        )
+        return [sentence for is_refused, sentence in refusals(config) if is_refused]
+
+    nothing = dict.fromkeys(("async_scheduling", "return_sampling_mask", "enable_trace_replay"), False)
+    assert bool(refused(nothing)) == (not asked)
+    (found,) = refused(nothing | ({asked: True} if asked else {}))
+    assert sentence in found

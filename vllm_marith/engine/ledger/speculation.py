@@ -6,6 +6,8 @@ from .entry import Entry
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _V1 = "vllm.v1.worker.gpu_model_runner"
+_V2 = "vllm.v1.worker.gpu"
+_V2_RUNNER = f"{_V2}.model_runner:GPUModelRunner"
 _PROPOSER_API = "a proposer that is given the runner, its requests and a number of tokens for each"
 _VERIFIER_API = "a rejection sampler of one's own, with the probabilities that drafts were drawn with"
 
@@ -48,6 +50,13 @@ ENTRIES: tuple[Entry, ...] = (
         "reads",
         "a scheduler plugin API for drafts",
         attributes=("spec_token_ids",),
+    ),
+    Entry(
+        "vllm.v1.worker.utils:AttentionGroup.build_metadata",
+        "attention of drafting members",
+        "reads",
+        _PROPOSER_API,
+        ("self", "common_attn_metadata"),
     ),
     Entry(
         f"{_V1}:build_logitsprocs",
@@ -126,6 +135,131 @@ ENTRIES: tuple[Entry, ...] = (
                 "vllm.forward_context:set_forward_context",
                 "attention of drafting members",
                 ("attn_metadata", "vllm_config", "num_tokens", "cudagraph_runtime_mode", "slot_mapping"),
+            ),
+        )
+    ),
+    *(
+        Entry(target, why, "wraps", _PROPOSER_API, parameters, runner="v2")
+        for target, why, parameters in (
+            (
+                f"{_V2_RUNNER}.execute_model",
+                "a step says which groups draft, and which requests have ended",
+                ("self", "scheduler_output"),
+            ),
+            (
+                f"{_V2_RUNNER}.take_draft_token_ids",
+                "plain requests do not draft, and groups not always as far as they may",
+                ("self",),
+            ),
+            (
+                f"{_V2}.spec_decode.ngram.speculator:NgramGPUSpeculator.propose",
+                "groups draft with their partial formulas",
+                (
+                    *("self", "input_batch", "attn_metadata", "slot_mappings", "last_hidden_states"),
+                    *("aux_hidden_states", "num_sampled", "dummy_run"),
+                ),
+            ),
+        )
+    ),
+    *(
+        Entry(target, why, "reads", _PROPOSER_API, runner="v2", attributes=attributes)
+        for target, why, attributes in (
+            (
+                _V2_RUNNER,
+                "forward passes of drafting members, with what vLLM keeps of requests and caches",
+                (
+                    *("attn_groups", "kv_cache_config", "input_buffers", "lora_config", "lora_state"),
+                    *("block_tables", "speculator", "vllm_config"),
+                ),
+            ),
+            (
+                f"{_V2}.block_table:BlockTables",
+                "where a request's blocks are",
+                ("block_tables", "block_sizes"),
+            ),
+            (
+                f"{_V2}.lora_utils:LoraState",
+                "which adapter a request has",
+                ("lora_ids", "lora_requests"),
+            ),
+            (
+                f"{_V2}.states:RequestState",
+                "the last token of a request, and how many it has",
+                ("last_sampled_tokens", "total_len"),
+            ),
+            (
+                f"{_V2}.sample.states:SamplingStates",
+                "a request's seed and temperature",
+                ("seeds", "temperature"),
+            ),
+            (
+                f"{_V2}.sample.sampler:Sampler",
+                "drafts are shaped by vLLM's own sampler, up to the draw",
+                (
+                    *("sampling_states", "req_states", "needs_logits_processing", "logprobs_mode"),
+                    "logprob_token_ids_state",
+                ),
+            ),
+        )
+    ),
+    *(
+        Entry(target, why, "reads", _VERIFIER_API, parameters, runner="v2")
+        for target, why, parameters in (
+            (
+                f"{_V2}.sample.sampler:Sampler.apply_sampling_params",
+                "drafts are shaped by vLLM's own sampler, up to the draw",
+                (
+                    *("self", "logits", "expanded_idx_mapping", "idx_mapping", "idx_mapping_np", "pos"),
+                    *("input_ids", "expanded_local_pos", "seq_lens_upper_bound_np"),
+                ),
+            ),
+            (
+                f"{_V2}.sample.sampler:Sampler.get_logprobs_dims",
+                "log-probabilities of checked tokens, as vLLM returns them",
+                ("self", "idx_mapping_np", "include_token_ids"),
+            ),
+            (
+                f"{_V2}.sample.logprob:compute_topk_scores",
+                "as get_logprobs_dims",
+                (
+                    *("logits", "num_logprobs", "sampled_token_ids", "cu_num_logits"),
+                    *("logprob_token_ids_state", "expanded_idx_mapping", "max_per_req_token_ids"),
+                    "logits_mode",
+                ),
+            ),
+            (
+                f"{_V2}.spec_decode.rejection_sampler:RejectionSampler",
+                "vLLM makes none beside a custom sampler: plain rows, and drafts of n-grams",
+                ("sampler", "spec_config", "device"),
+            ),
+            (
+                f"{_V2}.sample.output:SamplerOutput",
+                "the tokens of a round and their number",
+                ("sampled_token_ids", "logprobs_tensors", "num_sampled", "num_rejected"),
+            ),
+            (
+                f"{_V2}.input_batch:InputBatch",
+                "which rows of logits a request has, and where the runner keeps it",
+                (
+                    *("cu_num_logits_np", "idx_mapping", "expanded_idx_mapping", "expanded_local_pos"),
+                    *("num_draft_tokens", "input_ids", "positions", "logits_indices", "num_reqs"),
+                    "has_structured_output_reqs",
+                ),
+            ),
+        )
+    ),
+    *(
+        Entry(target, why, "reads", _PROPOSER_API, runner="v2", calls=calls)
+        for target, why, calls in (
+            (
+                f"{_V2}.spec_decode:init_speculator",
+                "the speculator whose method is wrapped is the one that vLLM makes",
+                ("NgramGPUSpeculator",),
+            ),
+            (
+                f"{_V2_RUNNER}.sample_tokens",
+                "groups draft behind the tokens that the step gave them",
+                ("sample", "postprocess_sampled", "propose", "set_draft_tokens"),
             ),
         )
     ),

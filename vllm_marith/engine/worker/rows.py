@@ -117,12 +117,12 @@ class RowPlan:
         asked = [(group.tag, int(stage.parameters[0])) for group, stage in stages]
         return self.classifiers.write(asked, source, out)
 
-    def tie(self, sampled: torch.Tensor) -> None:
-        """Gives every follower its leader's tokens, in place.  sampled: ``[request rows, positions]``."""
+    def tie(self, sampled: torch.Tensor, *numbers: torch.Tensor) -> None:
+        """Gives followers their leader's tokens ``[request rows, positions]`` and `numbers`, in place."""
         for witness in self.witnesses:
             witness.sampled(sampled)
-        if self.followers.numel():
-            sampled.index_copy_(0, self.followers, sampled.index_select(0, self.follower_leaders))
+        for values in (sampled, *numbers) if self.followers.numel() else ():
+            values.index_copy_(0, self.followers, values.index_select(0, self.follower_leaders))
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ it and asks on the way for everything that is particular to the model.
     add_request / remove_request    who is a member of which group; a resumed request comes as a new one
     prepare_inputs                  the step's batch, whose rows are in another order every time
     model.compute_logits            wrapped on the model that the state was made for: FUSE
-    custom_sampler                  the sampler in a wrapper: TIE
+    custom_sampler                  the samplers in wrappers: TIE
 
-``GPUModelRunner.sample_tokens`` is wrapped, too: its output reports the groups that failed.
+``GPUModelRunner.sample_tokens`` is wrapped, too: its output reports the groups that failed.  What drafts
+take besides is in `speculation.rounds_v2`.
 
 Noise: the V2 sampler draws Gumbel noise from a request's seed and the token's position in its own
 sequence.  A formula's token is drawn in its leader's row, with the leader's seed and position, so other
@@ -26,6 +27,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 
@@ -39,6 +41,8 @@ from .constituents.models import Constituents
 from .head import Head, obeys_law
 from .rows import RowPlan, RowPlans, ban, failing_all
 from .scoring import RAW_LOGITS, PromptScorer, heads_of, scored_tag
+from .speculation.rounds_v2 import RoundsV2, lengths_of
+from .speculation.rounds_v2 import install as install_rounds
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -176,6 +180,10 @@ class FormulaState(ModelState):
         self.owners: dict[str, int] = {}  # request -> its constituent
         combines = _combines(vllm_config, compute_logits, device)
         self.groups = StepGroups(device, combines, load_classifiers(vllm_config, device), model)
+        self.rounds: RoundsV2 | None = None  # where formulas draft
+        self._drafts = vllm_config.speculative_config if Settings.of(vllm_config).speculates else None
+        if self._drafts is not None:
+            install_rounds()
 
         @functools.wraps(compute_logits)
         def fused(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -205,7 +213,8 @@ class FormulaState(ModelState):
             # A dummy batch's requests were never added.
             if all(i in self.owners for i in ids):
                 counts = input_batch.num_scheduled_tokens[: len(ids)].tolist()
-                self.model.router.begin_step([self.owners[i] for i in ids], counts)
+                drafted = (np.diff(input_batch.cu_num_logits_np) - 1).tolist()
+                self.model.router.begin_step([self.owners[i] for i in ids], counts, drafted)
         return super().prepare_attn(input_batch, *args, **kwargs)
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
@@ -214,7 +223,18 @@ class FormulaState(ModelState):
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:
         sampler, rejection_sampler = super().custom_sampler(sampler) or (sampler, None)
-        return TyingSampler(sampler, self.groups), rejection_sampler
+        if self._drafts is None:
+            return TyingSampler(sampler, self.groups), rejection_sampler
+        from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+        # Both settle: a grammar may have cut all of a step's drafts.
+        self.rounds = RoundsV2(sampler, self.owners, self._drafts.num_speculative_tokens)
+        if rejection_sampler is None:
+            rejection_sampler = RejectionSampler(sampler, self._drafts, self.groups.plans.device)
+        return (
+            TyingSampler(sampler, self.groups, self.rounds),
+            TyingSampler(rejection_sampler, self.groups, self.rounds),
+        )
 
 
 class StepGroups:
@@ -280,15 +300,18 @@ class StepGroups:
         batch, self.batch = self.batch, None
         if batch is None:
             return head(hidden)
-        rows = len(batch.req_ids)
-        if len(hidden) != rows:
-            raise RuntimeError(f"expected one row a request, {rows}, found {len(hidden)} rows")
-        # Exact without drafts.  What is short of its prompt is a chunk of it, or a held member.
-        lengths = batch.seq_lens_cpu_upper_bound.numpy()[:rows]
-        held = lengths < batch.prefill_len_np[:rows]
+        starts = batch.cu_num_logits_np
+        if len(hidden) != starts[-1]:
+            raise RuntimeError(f"expected one row a request and draft, {starts[-1]}, found {len(hidden)}")
+        drafted = np.diff(starts) - 1
+        # What is short of its prompt is a chunk of it, or a held member.
+        lengths = lengths_of(batch)
+        held = lengths < batch.prefill_len_np[: len(lengths)]
         assert self.answers is not None
         try:
-            self.plan = self.plans.plan_step(batch.req_ids, held, lengths, self.members.get, self.answers)
+            self.plan = self.plans.plan_step(
+                batch.req_ids, held, lengths, self.members.get, self.answers, drafted
+            )
             if self.plan is None:
                 return head(hidden)
             logits, self.failures = self.plan.compute_logits(head, hidden)
@@ -300,7 +323,7 @@ class StepGroups:
             for row, request_id in enumerate(batch.req_ids):
                 tag = self.banning.get(request_id)
                 if tag is not None and lengths[row] == tag.banned_at:
-                    ban(logits, row, tag.banned)
+                    ban(logits, starts[row], tag.banned)
         return logits
 
     def take_failures(self) -> Mapping[str, Failure] | None:
@@ -308,32 +331,41 @@ class StepGroups:
         failures, self.failures = self.failures, None
         return self.scorer.add_failures(failures)
 
-    def tie(self, sampled: torch.Tensor) -> None:
-        """Gives every follower its leader's token, in place.  sampled: ``[rows, 1]``."""
+    def tie(self, sampled: torch.Tensor, *numbers: torch.Tensor) -> None:
+        """Gives every follower its leader's tokens ``[rows, positions]`` and `numbers`, in place."""
         if self.batch is not None:
             self.batch = None
             raise RuntimeError("a step's tokens were sampled from logits that compute_logits did not give")
         plan, self.plan = self.plan, None
         if plan is not None:
-            plan.tie(sampled)
+            plan.tie(sampled, *numbers)
 
 
 class TyingSampler:
-    """vLLM's sampler, except that followers come out with their leader's token.
+    """vLLM's sampler or rejection sampler, except that followers come out with their leader's tokens.
 
-    Before anything reads it: the runner's output, the next step's inputs and the penalties' counts.
+    Before anything reads them: the runner's output, the next step's inputs and the penalties' counts.
     """
 
-    def __init__(self, sampler: Any, groups: StepGroups) -> None:
+    def __init__(self, sampler: Any, groups: StepGroups, rounds: RoundsV2 | None = None) -> None:
+        """rounds: where formulas draft."""
         self._sampler = sampler
         self._groups = groups
+        self._rounds = rounds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sampler, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._sampler(*args, **kwargs)
-        self._groups.tie(output.sampled_token_ids)
+    def __call__(self, logits: torch.Tensor, input_batch: InputBatch, *args: Any, **kwargs: Any) -> Any:
+        def draw(logits: torch.Tensor, batch: InputBatch) -> Any:
+            return self._sampler(logits, batch, *args, **kwargs)
+
+        plan = self._groups.plan
+        if plan is None or self._rounds is None:
+            output = draw(logits, input_batch)
+        else:
+            output = self._rounds.sample(plan, draw, logits, input_batch)
+        self._groups.tie(output.sampled_token_ids, output.num_sampled, output.num_rejected)
         return output
 
 
@@ -342,8 +374,7 @@ def _answers(batch: InputBatch, states: RequestState, request_ids: Sequence[str]
     slots = [states.req_id_to_index[i] for i in request_ids]
     prompts = states.prompt_len.np[slots].tolist()
     starts = [max(0, prompt - CONTEXT) for prompt in prompts]
-    # Exact without drafts.
-    lengths = dict(zip(batch.req_ids, batch.seq_lens_cpu_upper_bound.tolist(), strict=False))
+    lengths = dict(zip(batch.req_ids, lengths_of(batch).tolist(), strict=True))
     ends = [lengths[i] for i in request_ids]
     # One window of the same width for all, in which each row begins where its own context does.
     width = max(end - start for start, end in zip(starts, ends, strict=True))

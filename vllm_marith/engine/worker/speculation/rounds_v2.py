@@ -1,0 +1,325 @@
+"""Rounds of speculative sampling on vLLM's V2 model runner.
+
+::
+
+    execute_model:  BEGIN
+    sample_tokens:  fuse ─▶ grammar mask ─▶ vLLM's sampler or rejection sampler, then SETTLE ─▶ tie
+                    ─▶ history ─▶ NgramGPUSpeculator.propose: DRAFT
+    take_draft_token_ids: TELL
+
+vLLM is configured with its n-gram proposer (`engine.speculation`), whose `propose` is where drafts are made;
+it proposes itself for formulas that are drafted by n-grams.  V2 without asynchronous scheduling has every
+request check as many drafts as there is room for; it is told which have any.
+
+Noise: V2's sampler draws from a request's seed and the token's position, and so do rounds.  The seed is the
+same in all tensor-parallel ranks, and answers do not depend on who else is in the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.v1.outputs import DraftTokenIds
+
+from ... import patches
+from ...group import DRAFTS
+from .dice import Dice
+from .drafting import Draft, Drafter, Line
+from .forward_v2 import ForwardV2
+from .shape_v2 import ShapeV2
+from .verification import NO_TOKEN, Check, settle
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.input_batch import InputBatch
+
+    from ..rows import JointGroup, RowPlan
+
+_RUNNER = "vllm.v1.worker.gpu.model_runner:GPUModelRunner"
+_PROPOSE = "vllm.v1.worker.gpu.spec_decode.ngram.speculator:NgramGPUSpeculator.propose"
+_DRAFTING, _SETTLING = 0, 1  # what a request's noise is for
+
+
+def install() -> None:
+    """Wraps the runner's functions; idempotent, once V2's modules are there."""
+    patches.patch(f"{_RUNNER}.execute_model", _with_begin)
+    patches.patch(f"{_RUNNER}.take_draft_token_ids", _with_own_drafts)
+    patches.patch(_PROPOSE, _with_drafts)
+
+
+def _rounds(runner: Any) -> RoundsV2 | None:
+    """None where formulas do not draft."""
+    found: RoundsV2 | None = getattr(getattr(runner, "model_state", None), "rounds", None)
+    return found
+
+
+def _with_begin(execute_model: Any) -> Any:
+    @functools.wraps(execute_model)
+    def executing(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        rounds = _rounds(self)
+        if rounds is not None:
+            rounds.begin_step(self, scheduler_output)
+        return execute_model(self, scheduler_output, *args, **kwargs)
+
+    return executing
+
+
+def _with_own_drafts(take_draft_token_ids: Any) -> Any:
+    @functools.wraps(take_draft_token_ids)
+    def taking(self: Any) -> Any:
+        found = take_draft_token_ids(self)
+        rounds = _rounds(self)
+        return found if rounds is None else rounds.take_drafts()
+
+    return taking
+
+
+def _with_drafts(propose: Any) -> Any:
+    @functools.wraps(propose)
+    def proposing(
+        self: Any,
+        input_batch: InputBatch,
+        attn_metadata: Any,
+        slot_mappings: Any,
+        last_hidden_states: Any,
+        aux_hidden_states: Any,
+        num_sampled: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        def ngrams() -> torch.Tensor:
+            hidden = last_hidden_states, aux_hidden_states
+            found: torch.Tensor = propose(
+                self, input_batch, attn_metadata, slot_mappings, *hidden, num_sampled, *args, **kwargs
+            )
+            return found
+
+        rounds: RoundsV2 | None = self.__dict__.get("marith_rounds")
+        if rounds is None or kwargs.get("dummy_run"):
+            return ngrams()
+        return rounds.propose(input_batch, num_sampled, ngrams)
+
+    return proposing
+
+
+class RoundsV2:
+    """The drafts of a worker's groups, from one step to the next.
+
+    Args:
+        sampler: vLLM's ``Sampler``.
+        owners: request -> its constituent.
+        most: the most tokens that are drafted at a time.
+    """
+
+    def __init__(self, sampler: Any, owners: Mapping[str, int], most: int) -> None:
+        self._sampler = sampler
+        self._owners = owners
+        self._most = most
+        self._runner: Any = None
+        self._drafts: dict[str, Draft] = {}  # by group
+        self._wanted: Mapping[str, int] = {}  # group -> how many tokens it drafts at the end of the step
+        self._joint: Sequence[JointGroup] = ()  # of the step
+        self._told: DraftTokenIds | None = None
+
+    def begin_step(self, runner: Any, scheduler_output: Any) -> None:
+        self._runner = runner
+        runner.speculator.marith_rounds = self
+        # Not those that are preempted, too: whether a draft is checked must not depend on what it says, and
+        # for how many drafts there has to be room may decide who is preempted.
+        for request_id in scheduler_output.finished_req_ids:
+            self._drafts.pop(request_id, None)
+        self._wanted, self._joint, self._told = getattr(scheduler_output, DRAFTS, {}), (), None
+        scheduler_output.num_spec_tokens_to_schedule = self._most
+
+    # ------------------------------------------------------------------- settling
+
+    def sample(
+        self,
+        plan: RowPlan,
+        draw: Callable[[torch.Tensor, InputBatch], Any],
+        logits: torch.Tensor,
+        batch: InputBatch,
+    ) -> Any:
+        """What vLLM's sampler gives, with the tokens of drafting groups in their leaders' rows.
+
+        Args:
+            draw: vLLM's sampler, or its rejection sampler where the step has drafts.
+            logits: ``[rows, vocab]``, formulas in their leaders' rows, grammar applied.
+        """
+        self._joint = plan.joint
+        found = self._checks(plan, batch)
+        if not found:
+            return draw(logits, batch)
+        checks = [check for _, check in found]
+        drafted = np.diff(plan.starts) - 1
+        drafted[[row for group, _ in found for row in group.rows]] = 0
+        if batch.num_draft_tokens and not drafted.any():
+            # No draft is vLLM's to check: all other requests are sampled as in any step.
+            output = self._sampler(*_without_drafts(logits, batch, plan.starts[:-1]))
+            width = max(len(check.rows) for check in checks)
+            output.sampled_token_ids = output.sampled_token_ids.repeat(1, width)
+        else:
+            output = draw(logits, batch)
+        device, sampled = logits.device, output.sampled_token_ids
+        dice = self._dice(batch, {check.leader: check.draft.length for check in checks}, _SETTLING)
+        tokens = settle(logits, checks, ShapeV2(self._sampler, batch, 0), dice, sampled.shape[1])
+        numbers = (tokens != NO_TOKEN).sum(1)
+        leaders = torch.tensor([check.leader for check in checks], device=device)
+        rows = torch.tensor([len(check.rows) for check in checks], device=device)
+        sampled.index_copy_(0, leaders, tokens.to(sampled.dtype))
+        for kept, values in ((output.num_sampled, numbers), (output.num_rejected, rows - numbers)):
+            kept.index_copy_(0, leaders, values.to(kept.dtype))
+        if output.logprobs_tensors is not None:
+            output.logprobs_tensors = self._logprobs(logits, batch, output)
+        return output
+
+    def _checks(self, plan: RowPlan, batch: InputBatch) -> list[tuple[JointGroup, Check]]:
+        """The step's groups that have proposed something, which is taken from them."""
+        checks = []
+        lengths = lengths_of(batch)
+        for group in plan.joint:
+            draft = self._drafts.pop(group.tag.group, None)
+            leader = group.rows[0]
+            # Tokens were taken away or added since: what was proposed follows another text.
+            if draft is not None and draft.length == lengths[leader]:
+                rows = range(int(plan.starts[leader]), int(plan.starts[leader + 1]))
+                checks.append((group, Check(leader, rows, draft)))
+        return checks
+
+    def _dice(self, batch: InputBatch, lengths: Mapping[int, int], purpose: int) -> Dice:
+        """lengths: of the sequences in these rows."""
+        device, seeds = batch.idx_mapping.device, self._sampler.sampling_states.seeds.np
+        generators = {}
+        for row, length in lengths.items():
+            key = struct.pack("<qqq", int(seeds[batch.idx_mapping_np[row]]), length, purpose)
+            digest = hashlib.blake2b(key, digest_size=8).digest()
+            generators[row] = torch.Generator(device).manual_seed(int.from_bytes(digest, "little"))
+        return Dice(device, generators)
+
+    def _logprobs(self, logits: torch.Tensor, batch: InputBatch, output: Any) -> Any:
+        """As vLLM's samplers make them."""
+        from vllm.config.model import PROCESSED_LOGPROBS_MODES
+        from vllm.v1.worker.gpu.sample.logprob import compute_topk_scores
+
+        sampler = self._sampler
+        local, owners = batch.expanded_local_pos.long(), batch.expanded_idx_mapping
+        if sampler.logprobs_mode in PROCESSED_LOGPROBS_MODES:
+            logits = sampler.apply_sampling_params(
+                logits,
+                owners,
+                batch.idx_mapping,
+                batch.idx_mapping_np,
+                batch.positions[batch.logits_indices],
+                batch.input_ids[batch.logits_indices],
+                batch.expanded_local_pos,
+                batch.seq_lens_cpu_upper_bound.numpy(),
+            )
+        counts = np.diff(batch.cu_num_logits_np)
+        rows = torch.from_numpy(np.arange(len(counts)).repeat(counts)).to(logits.device)
+        tokens = output.sampled_token_ids[rows, local]
+        tokens = torch.where(local < output.num_sampled[rows], tokens, 0)
+        drafted = batch.num_draft_tokens > 0
+        number, of_request = sampler.get_logprobs_dims(batch.idx_mapping_np, include_token_ids=not drafted)
+        return compute_topk_scores(
+            logits,
+            number,
+            tokens,
+            batch.cu_num_logits_np.tolist() if drafted else None,
+            logprob_token_ids_state=sampler.logprob_token_ids_state,
+            expanded_idx_mapping=owners,
+            max_per_req_token_ids=of_request,
+            logits_mode=sampler.logprobs_mode in ("raw_logits", "processed_logits"),
+        )
+
+    # ------------------------------------------------------------------- drafting
+
+    def propose(
+        self, batch: InputBatch, num_sampled: torch.Tensor, ngrams: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """int64 ``[requests, most]``: drafts, the same for all members of a group.
+
+        What is beyond a request's own drafts, and in the rows of requests without any, is not scheduled.
+
+        Args:
+            num_sampled: ``[requests]``, how many tokens each generated in this step.
+            ngrams: vLLM's own proposals for all requests.
+        """
+        states = self._sampler.req_states
+        wanted = [(group, self._wanted.get(group.tag.group, 0)) for group in self._joint]
+        lines, copying = [], []
+        lengths = lengths_of(batch)
+        growing = [(group, number) for group, number in wanted if number and group.tag.drafts]
+        if growing:
+            # Where the host waits for the device: positions of what is drafted are the host's to choose.
+            new = num_sampled[[group.rows[0] for group, _ in growing]].tolist()
+            for (group, number), more in zip(growing, new, strict=True):
+                last = states.last_sampled_tokens[int(batch.idx_mapping_np[group.rows[0]])]
+                lines.append(Line(group, [int(lengths[row]) + more for row in group.rows], last, number))
+        drafts = num_sampled.new_zeros(batch.num_reqs, self._most, dtype=torch.int64)
+        numbers = [0] * batch.num_reqs
+
+        def give(group: JointGroup, tokens: torch.Tensor) -> None:
+            drafts[group.rows, : len(tokens)] = tokens
+            for row in group.rows:
+                numbers[row] = len(tokens)
+
+        if lines:
+            drafter = Drafter(
+                ForwardV2(self._runner, self._owners, batch),
+                ShapeV2(self._sampler, batch, 2 * self._most + 1),
+                self._dice(batch, {line.leader: line.lengths[0] for line in lines}, _DRAFTING),
+            )
+            for line, draft in zip(lines, drafter.propose(lines), strict=True):
+                self._drafts[line.group.tag.group] = draft
+                give(line.group, draft.tokens)
+        copying = [
+            (g, number) for g, number in wanted if number and g.tag.drafter == "ngram" and not g.tag.drafts
+        ]
+        if copying:
+            found = ngrams()
+            for group, number in copying:
+                give(group, found[group.rows[0], :number])
+        # vLLM's scheduler has to know the tokens for a grammar only.
+        unknown = [[NO_TOKEN] * self._most] * batch.num_reqs
+        tokens = drafts.tolist() if batch.has_structured_output_reqs else unknown
+        told = [row[:number] for row, number in zip(tokens, numbers, strict=True)]
+        self._told = DraftTokenIds(batch.req_ids, told)
+        return drafts
+
+    def take_drafts(self) -> DraftTokenIds | None:
+        """What was proposed in this step, for the scheduler."""
+        told, self._told = self._told, None
+        return told
+
+
+def lengths_of(batch: InputBatch) -> np.ndarray:
+    """int32 ``[requests]``: tokens of each sequence in front of the first that the step samples."""
+    bounds: np.ndarray = batch.seq_lens_cpu_upper_bound.numpy()[: batch.num_reqs]
+    return bounds - (np.diff(batch.cu_num_logits_np) - 1)
+
+
+def _without_drafts(
+    logits: torch.Tensor, batch: InputBatch, firsts: np.ndarray
+) -> tuple[torch.Tensor, InputBatch]:
+    """The step's logits and batch as if no request had drafts.
+
+    firsts: of each request, its first row of logits.
+    """
+    index = torch.from_numpy(firsts).to(logits.device)
+    number = batch.num_reqs
+    return logits.index_select(0, index), replace(
+        batch,
+        expanded_idx_mapping=batch.idx_mapping,
+        expanded_local_pos=batch.expanded_local_pos.new_zeros(number),
+        logits_indices=batch.logits_indices.index_select(0, index),
+        cu_num_logits=torch.arange(number + 1, device=logits.device, dtype=batch.cu_num_logits.dtype),
+        cu_num_logits_np=np.arange(number + 1, dtype=batch.cu_num_logits_np.dtype),
+        num_draft_tokens=0,
+        num_draft_tokens_per_req=None,
+    )
