@@ -71,7 +71,7 @@ class GroupLifecycle(_Base):
 
         spec = GroupSpec.from_wire(wire)
         self.figures.arrive(request.request_id, spec.size, spec.label)
-        if spec.size == 1 and spec.constraints is None:  # nothing to keep together
+        if spec.size == 1 and spec.constraints is None and not spec.drafter:  # nothing to keep together
             build_group(request, spec, request.max_tokens)
             super().add_request(request)
             return
