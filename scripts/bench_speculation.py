@@ -2,18 +2,21 @@
 
     python scripts/bench_speculation.py [--tokens N] [--requests N] [--repeats N] [--output FILE]
 
-A table as the paper's (arXiv 2311.14479, table 9 and section 6.3; Llama-2-13b-chat on a GPU): for each
-formula the calls of the large model for each generated token and the milliseconds a token takes, without
-drafts and with them, one request at a time, T = 1.  A call is one term's forward pass, however many
-positions it covers; terms of the small model are counted apart.
+A table as the paper's (arXiv 2311.14479; Llama-2-13b-chat on a GPU): for each formula the calls of the large
+model for each generated token and the milliseconds a token takes, without drafts and with them, one request
+at a time, T = 1.  A call is one term's forward pass, however many positions it covers; terms of the small
+model are counted apart.
 
-Rows: n-grams that draft for the model (the paper's superseded(A, M)), attributes that lag behind the model, two
-formulas of four terms, and the small embedded model as a drafter for the large one and for a formula.
+Rows: n-grams that draft for the model (the paper's superseded(A, M)), attributes that lag behind the model,
+two formulas of four terms, and the small embedded model as a drafter for the large one and for a formula.
 
-The embedded large model is three times the size of the small one, and at two milliseconds a token what a step
-costs beside the model counts as much.  So there is a last row for what a *large* model would gain: a stand-in,
-the small model with layers behind its own that change nothing but take their time, and a sharper head.
-The ratios are taken repetition by repetition: machines drift, ratios do not.  The last line is one JSON object.
+The embedded large model is three times the size of the small one, and at two milliseconds a token what a
+step costs beside the model counts as much.  So there is a last row for what a *large* model would gain: a
+stand-in, the small model with layers behind its own that change nothing but take their time, and a sharper
+head.
+
+The ratios are taken repetition by repetition: machines drift, ratios do not.  The last line is one JSON
+object.
 """
 
 from __future__ import annotations

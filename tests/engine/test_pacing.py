@@ -169,3 +169,15 @@ def test_a_hiccup_is_not_believed(random):
     lived(world, pacing, 300, random)
     pacing.observe_step(1000 * world.step(LONGEST), world.members * (LONGEST + 1), LONGEST)
     assert cost(world, lived(world, pacing, 100, random)) <= 1.1 * world.best
+
+
+def test_requests_come_without_a_drafter_that_does_not_pay() -> None:
+    """But for one in sixteen, so that better times are noticed; and again with it when it pays."""
+    random, pacing = np.random.default_rng(0), Pacing()
+    assert pacing.is_worth_a_drafter("formula")
+    hopeless = World(acceptance=0.1, draft=2.0)
+    lived(hopeless, pacing, 200, random)
+    assert sum(pacing.is_worth_a_drafter("formula") for _ in range(160)) == 10
+    assert pacing.is_worth_a_drafter("another formula")
+    lived(World(acceptance=0.95, draft=0.01), pacing, 3000, random)
+    assert all(pacing.is_worth_a_drafter("formula") for _ in range(32))

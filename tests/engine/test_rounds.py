@@ -19,7 +19,7 @@ from tests.support.enumeration import Chooser, Dice, enumerate_paths
 from tests.support.speculation import law, model_of, random_terms
 from vllm_marith import Formula
 from vllm_marith.engine.group import MemberTag
-from vllm_marith.engine.worker.rows import JointGroup, RowPlans, routine_of
+from vllm_marith.engine.worker.rows import JointGroup, RowPlan, RowPlans, routine_of
 from vllm_marith.engine.worker.speculation.dice import Settled
 from vllm_marith.engine.worker.speculation.drafting import Drafter, Line, members_of
 from vllm_marith.engine.worker.speculation.verification import NO_TOKEN, Check, settle
@@ -284,14 +284,14 @@ def test_drafts_that_a_grammar_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(drafted: list[int]) -> int:
         return drafted.index(forbidden) if forbidden in drafted else len(drafted)
 
-    fuse = __import__("vllm_marith.engine.worker.rows", fromlist=["RowPlan"]).RowPlan.fuse
+    fuse = RowPlan.fuse
 
     def with_grammar(self: Any, rows: torch.Tensor) -> Any:
         fused, failures = fuse(self, rows)
         fused[:, forbidden] = -torch.inf
         return fused, failures
 
-    monkeypatch.setattr("vllm_marith.engine.worker.rows.RowPlan.fuse", with_grammar)
+    monkeypatch.setattr(RowPlan, "fuse", with_grammar)
     found = enumerate_paths(lambda chooser: answer(chooser, formula, 2, sampler, logits, COUNT, cut))
     expected = law(model_of(formula, _forbidding(logits, forbidden)), VOCAB, COUNT)
     assert distance(found, expected) < 1e-6

@@ -246,6 +246,21 @@ def test_ngrams_draft(llm: Any) -> None:
     assert 0 < accepted <= drafted
 
 
+def test_what_does_not_pay_is_left_out(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under "auto", a request whose drafter does not pay comes without it, and answers the same."""
+    scheduler = engines.scheduler(llm)
+    job, asked = one("drafts for a formula"), dict(temperature=0, max_tokens=12, ignore_eos=True)
+    (plain,) = generate(llm, job, speculative="off", **asked)
+    sizes = []
+    add = scheduler._add_group
+    monkeypatch.setattr(scheduler, "_add_group", lambda group: (sizes.append(len(group.members)), add(group)))
+    for pays, size in ((True, 3), (False, 2)):
+        monkeypatch.setattr(scheduler._pacing, "is_worth_a_drafter", lambda key, pays=pays: pays)
+        (found,) = generate(llm, job, speculative="auto", **asked)
+        assert found.token_ids == plain.token_ids
+        assert sizes.pop() == size
+
+
 def test_explicit_drafts_that_cannot_be_are_refused(llm: Any) -> None:
     with pytest.raises(VLLMValidationError, match="superseded"):
         generate(llm, one("nothing lags"), speculative=2)

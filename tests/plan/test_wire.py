@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tests.language.strategies import operator_formulas
 from vllm_marith import Formula
-from vllm_marith.plan import decode, encode, lower
+from vllm_marith.plan import decode, encode, lower, without_rows
 
 
 @given(operator_formulas)
@@ -39,3 +39,18 @@ def test_equal_plans_are_equal_texts():
             '{"terms":2,"stages":[{"kind":"fuse","instructions":[["push",0,2.0],["add",1,-1.0]],"depth":1}],"dials":[]}'
         )
     )
+
+
+@given(operator_formulas, st.integers(1, 3))
+def test_rows_that_no_stage_reads_can_be_dropped(formula, spare):
+    plan = lower(formula)
+    terms = len(plan.terms)
+    members = range(terms)
+    with_drafters = encode(
+        lower(formula, (*plan.terms, *(f"drafter{i}" for i in range(spare)))), range(terms + spare)
+    )
+    assert without_rows(with_drafters, terms) == encode(plan, members)
+    read = {row for stage in plan.stages for _, row, _ in stage.instructions}
+    read |= {row for stage in plan.stages for row in stage.sources}
+    if terms - 1 in read:
+        assert without_rows(with_drafters, terms - 1) is None

@@ -164,7 +164,9 @@ def test_the_worker_times_the_fusion() -> None:
     with pytest.raises(RuntimeError, match="fails"), figures.fusing():
         raise RuntimeError("fails")
     assert figures.drain()["fusion_seconds"] > 0
-    assert figures.drain() == {"fusion_seconds": 0.0, "classifiers": {}}
+    figures.drafting[1] += 3
+    assert figures.drain()["drafting"] == [(1, 3)]
+    assert figures.drain() == {"fusion_seconds": 0.0, "drafting": [], "classifiers": {}}
 
 
 def test_the_worker_counts_for_its_classifiers() -> None:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
+from vllm_marith.plan import without_rows
+
 KEY = "marith"
 """The entry of ``SamplingParams.extra_args`` (and of a request's ``vllm_xargs``) that is ours."""
 
@@ -121,7 +123,8 @@ class GroupSpec:
         constituents: of each member, leader first, the number of the base model that it runs on; empty when
             all run on the model that the server was started with, number 0.
         drafts: routines of the levels that draft, from the cheapest on, see `vllm_marith.plan.speculation`;
-            member i is row i in them, too.  Members that only draft come last.
+            member i is row i in them, too.
+        only_draft: how many of the members only draft; they come last, and `routine` does not read them.
         draft_lengths: how many tokens each level drafts before the next one, or the formula, tests them.
             The last is K, the most that one step of the formula tests.
         drafter: what drafts first: "" for nothing, i.e. one token a step; "formula" for the first of
@@ -143,6 +146,7 @@ class GroupSpec:
     draft_lengths: list[int] = field(default_factory=list)
     drafter: Drafter = ""
     adaptive: bool = False
+    only_draft: int = 0
 
     @property
     def size(self) -> int:
@@ -152,6 +156,24 @@ class GroupSpec:
     def members(self) -> list[int]:
         """Of each member, leader first, its constituent."""
         return self.constituents or [0] * self.size
+
+    def without_drafts(self) -> GroupSpec:
+        """The group of a request that does not draft, without the members that have no other purpose."""
+        kept = self.size - self.only_draft
+        routine = without_rows(self.routine, kept)
+        assert routine is not None, "the formula reads a member that only drafts"
+        return replace(
+            self,
+            prompts=self.prompts[: kept - 1],
+            routine=routine,
+            adapters=self.adapters[: kept - 1],
+            constituents=self.constituents[:kept],
+            drafts=[],
+            draft_lengths=[],
+            drafter="",
+            adaptive=False,
+            only_draft=0,
+        )
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

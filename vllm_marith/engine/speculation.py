@@ -47,7 +47,7 @@ def configured(engine_args: Any) -> Iterator[None]:
         engine_args.speculative_config = {
             "method": "ngram",
             "num_speculative_tokens": settings.max_speculative_tokens,
-            "prompt_lookup_min": 2,
+            "prompt_lookup_min": 1,
             "prompt_lookup_max": 4,
         }
     try:

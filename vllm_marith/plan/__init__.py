@@ -3,7 +3,7 @@
 from vllm_marith.plan.lowering import lower
 from vllm_marith.plan.program import NO_ROW, UNIFORM_ROW, Instruction, Plan, Stage
 from vllm_marith.plan.speculation import Level, Speculation, best_length, cost_of_a_token, partial, speculate
-from vllm_marith.plan.wire import Routine, decode, encode
+from vllm_marith.plan.wire import Routine, decode, encode, without_rows
 
 __all__ = [
     "NO_ROW",
@@ -21,4 +21,5 @@ __all__ = [
     "lower",
     "partial",
     "speculate",
+    "without_rows",
 ]

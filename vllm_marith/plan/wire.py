@@ -53,6 +53,28 @@ def encode(plan: Plan, members: Sequence[int]) -> str:
     return json.dumps(routine, separators=(",", ":"))
 
 
+def without_rows(text: str, kept: int) -> str | None:
+    """A routine over its first `kept` rows of logits; None where it reads one of the others.
+
+    Rows of terms that only draft come last, and no formula reads them.
+    """
+    routine = json.loads(text)
+    terms = routine["terms"]
+
+    def moved(row: int) -> int:
+        return row if row < kept else row - terms + kept
+
+    for stage in routine["stages"]:
+        instructions, sources = stage.get("instructions", []), stage.get("sources", [])
+        if any(kept <= row < terms for row in [*sources, *(row for _, row, _ in instructions)]):
+            return None
+        if instructions:
+            stage["instructions"] = [[op, moved(row), weight] for op, row, weight in instructions]
+        if sources:
+            stage["sources"] = [moved(row) for row in sources]
+    return json.dumps(routine | {"terms": kept}, separators=(",", ":"))
+
+
 def decode(text: str) -> Routine:
     """What `encode` wrote."""
     routine = json.loads(text)

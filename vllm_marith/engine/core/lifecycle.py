@@ -69,7 +69,7 @@ class GroupLifecycle(_Base):
             self._fail(request, Cause.REFUSED, "its formula never passed admission")
             return
 
-        spec = GroupSpec.from_wire(wire)
+        spec = self._with_drafts_that_pay(GroupSpec.from_wire(wire))
         self.figures.arrive(request.request_id, spec.size, spec.label)
         if spec.size == 1 and spec.constraints is None and not spec.drafter:  # nothing to keep together
             build_group(request, spec, request.max_tokens)
@@ -83,6 +83,10 @@ class GroupLifecycle(_Base):
             self._fail(request, Cause.REFUSED, "the group can never fit this engine")
             return
         self._add_group(build_group(request, spec, room))
+
+    def _with_drafts_that_pay(self, spec: GroupSpec) -> GroupSpec:
+        """The group as it comes, or without drafts."""
+        return spec
 
     def _add_group(self, group: Group) -> None:
         self.groups[group.name] = group

@@ -34,6 +34,8 @@ _EXPLORATION: Final = 0.02
 _EXPLORE_EVERY: Final = 64  # rounds, at the least ...
 _EXPLORE_LATEST: Final = 4096  # ... and at the most
 _DECIDE_EVERY: Final = 8  # rounds
+_FIRST_ROUNDS: Final = 32  # before a formula's requests come without their drafter
+_DRAFTER_EVERY: Final = 16  # requests, one of which has it all the same
 _FIRST_STEPS: Final = 3  # of either kind, with drafts and without, before costs are believed
 _HICCUP: Final = 4.0  # times the time expected, and no more, a step counts
 _DRIFT: Final = 0.1
@@ -56,6 +58,7 @@ class _Formula:
         rounds: since the beginning.
         same: rounds since the other was tried, drafts or none.
         observed: the round of the last observation.
+        passed_over: requests that came without their drafter since one came with it.
     """
 
     kept: float = _PRIOR * _PRIOR_TESTS
@@ -65,6 +68,7 @@ class _Formula:
     rounds: int = 0
     same: int = 0
     observed: int = 0
+    passed_over: int = 0
 
     @property
     def acceptance(self) -> float:
@@ -178,6 +182,17 @@ class Pacing:
         if formula.same >= (_EXPLORE_EVERY if length else formula.patience):
             length, formula.same = 0 if length else min(1, longest), 0
         return length
+
+    def is_worth_a_drafter(self, key: str) -> bool:
+        """Whether a formula's next request should come with the members that only draft.
+
+        Not where drafting has been found not to pay, but for one request in so many: that may change.
+        """
+        formula = self._formulas.get(key)
+        if formula is None or formula.length or not self.costs.known or formula.rounds < _FIRST_ROUNDS:
+            return True
+        formula.passed_over = (formula.passed_over + 1) % _DRAFTER_EVERY
+        return formula.passed_over == 0
 
     def _decided(self, formula: _Formula, members: int, longest: int, passes: float) -> int:
         if not self.costs.known:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import Request
 
-from ..group import DRAFTS
+from ..group import DRAFTS, GroupSpec
 from ..settings import Settings
 from .constraints import ConstrainedLifecycle
 from .group_state import Group
@@ -49,6 +49,12 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
             self.num_lookahead_tokens = max(self.num_lookahead_tokens, self.num_spec_tokens)
         self._pacing = Pacing()
         self._last_update = 0.0
+
+    def _with_drafts_that_pay(self, spec: GroupSpec) -> GroupSpec:
+        """A member that only drafts costs a row in every step, whether the group drafts in it or not."""
+        if not spec.adaptive or not spec.only_draft or self._pacing.is_worth_a_drafter(spec.routine):
+            return spec
+        return spec.without_drafts()
 
     # ---------------------------------------------------------------- before a step
 
@@ -126,7 +132,11 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
         longest = min(group.longest_draft, self.num_spec_tokens, wanted, room)
         if longest <= 0:
             return 0
-        return self._pacing.length(group.routine, len(group.members), longest) if group.adaptive else longest
+        if not group.adaptive:
+            return longest
+        # Groups that run beside each other are likely to draft alike: the step grows by all their rows.
+        passes = 0.0 if group.drafter == "ngram" else 1.0
+        return self._pacing.length(group.routine, len(self.running), longest, passes)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """As vLLM's, after which a group's members have their leader's drafts."""
@@ -152,10 +162,15 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
             self._pacing.observe_step(
                 now - max(sent, self._last_update),
                 scheduler_output.total_num_scheduled_tokens,
-                max(drafts.values(), default=0),
+                max((n for name, n in drafts.items() if self._passes(name)), default=0),
             )
             self._last_update = now
         return outputs
+
+    def _passes(self, name: str) -> bool:
+        """Whether a group's drafts take forward passes."""
+        group = self.groups.get(name)
+        return group is not None and group.drafter == "formula"
 
     def make_spec_decoding_stats(
         self,

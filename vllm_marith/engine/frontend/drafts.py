@@ -22,6 +22,7 @@ class Drafts:
         lengths: as in `vllm_marith.plan.Speculation`.
         drafter: as in `vllm_marith.engine.group.GroupSpec`.
         adaptive: the lengths are upper bounds.
+        own: how many of the plan's rows the formula itself reads.
         demanded: the request gave the number of tokens itself: not to draft would be against its word.
     """
 
@@ -31,11 +32,13 @@ class Drafts:
     drafter: Drafter
     adaptive: bool
     demanded: bool
+    own: int
 
     @classmethod
     def of(cls, formula: Formula, speculation: Speculation, *, adaptive: bool, demanded: bool) -> Drafts:
         """The plans of a formula and of its levels."""
-        rows = lower(formula).terms + speculation.drafters
+        own = lower(formula).terms
+        rows = own + speculation.drafters
         return cls(
             lower(formula, rows),
             tuple(lower(level.formula, rows) for level in speculation.levels),
@@ -43,6 +46,7 @@ class Drafts:
             "ngram" if speculation.ngram else "formula",
             adaptive,
             demanded,
+            len(own),
         )
 
     def of_group(self, member_of: Sequence[int]) -> dict[str, Any]:
@@ -52,6 +56,7 @@ class Drafts:
             "draft_lengths": list(self.lengths),
             "drafter": self.drafter,
             "adaptive": self.adaptive,
+            "only_draft": max(member_of) - max(member_of[: self.own]),
         }
 
 
