@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ import torch
 from vllm.sampling_params import StructuredOutputsParams
 
 from tests.engine.test_speculation import FORMULAS, job_of
+from tests.support import adapters, engines, exactness, reference, runners, workload
 from tests.support import constituents as several
-from tests.support import engines, exactness, reference, runners, workload
 from tests.support.statistics import CLEARLY_WRONG, SIGNIFICANCE, chi_square
 from vllm_marith import Formula
 
@@ -110,6 +111,26 @@ def expected(base: str, constituents: tuple[tuple[str, str], ...]) -> list[refer
 
 
 # ---------------------------------------------------------------------------------------------------- tests
+
+
+def test_adapters(runner: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """The first test: an engine of its own, before that of all others."""
+    paths = {name: str(adapters.make(tiny_model, tmp_path / name, seed=n)) for n, name in enumerate("vw")}
+    terms = {"a": {"adapter": "v"}, "b": {"adapter": "w", "speculative_factor": 3}, "c": {}}
+    formulas = [Formula.parse(text, terms) for text in ("a + 0.5*b", "c + 0.4*b")]
+    jobs = [workload.Job("The value is", formula) for formula in formulas] + [workload.Job("So")]
+    asked = dict(temperature=0, max_tokens=9, ignore_eos=True)
+    settings = {"marith": {"speculative": 2}}
+    lora = dict(enable_lora=True, max_loras=2, max_lora_rank=8)
+    with runner.open(
+        tiny_model, additional_config=settings, max_num_seqs=8, max_model_len=128, **lora
+    ) as call:
+        call(adapters.load, paths)
+        plain, none = call(completions, jobs, "off", asked)
+        found, some = call(completions, jobs, 2, asked)
+        call(engines.assert_all_returned)
+    assert found == plain
+    assert none["drafted"] == 0 < some["accepted"]
 
 
 def test_greedy_equals_huggingface(call: runners.Call, models: Models) -> None:

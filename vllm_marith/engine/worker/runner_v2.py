@@ -219,6 +219,8 @@ class FormulaState(ModelState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, Any]:
         self.groups.begin_step(input_batch, functools.partial(_answers, input_batch, req_states))
+        if self.rounds is not None:
+            self.rounds.map_adapters(input_batch)
         return super().prepare_inputs(input_batch, req_states)
 
     def custom_sampler(self, sampler: Any) -> tuple[Any, Any]:

@@ -137,6 +137,18 @@ class RoundsV2:
         self._wanted, self._joint, self._told = getattr(scheduler_output, DRAFTS, {}), (), None
         scheduler_output.num_spec_tokens_to_schedule = self._most
 
+    def map_adapters(self, batch: InputBatch) -> None:
+        """Names the adapter of every row of logits; V2 names one a request, however many drafts it checks."""
+        runner = self._runner
+        if runner is None or runner.lora_config is None or not batch.num_draft_tokens:
+            return
+        adapters = runner.lora_state.lora_ids[batch.idx_mapping_np]
+        runner._set_active_loras(
+            tuple(adapters.repeat(np.diff(batch.cu_num_logits_np))),
+            tuple(adapters.repeat(batch.num_scheduled_tokens)),
+            runner.lora_state.get_activate_loras(batch.req_ids),
+        )
+
     # ------------------------------------------------------------------- settling
 
     def sample(
