@@ -74,6 +74,9 @@ def _is_small(formula: Formula) -> bool:
 
 def _extend_with_operators(inner: st.SearchStrategy) -> st.SearchStrategy:
     of = inner.map(_distribution)
+    full = st.sampled_from(
+        [*map(Formula.of, TERMS.values()), 2 * TERMS["a"] - TERMS["b"], TERMS["a"] + TERMS["c"]]
+    )
     share = st.sampled_from([0.05, 0.3, 0.7, 1.0])
     counts = st.integers(1, 12)
     dials = st.sampled_from(
@@ -82,7 +85,9 @@ def _extend_with_operators(inner: st.SearchStrategy) -> st.SearchStrategy:
     return st.one_of(
         _extend(inner),
         st.tuples(inner, inner).map(lambda pair: indicator(pair[0]) * pair[1]),
-        st.tuples(of, of, st.sampled_from([0, 3]), st.booleans(), st.booleans(), inner).map(
+        # Of distributions without -inf: with it divergences are infinite, and which of two infinite ones is
+        # larger, rounding decides.
+        st.tuples(full, full, st.sampled_from([0, 3]), st.booleans(), st.booleans(), inner).map(
             lambda v: kl_indicator(v[0], v[1], 0.01, top_k=v[2], include_max=v[3], minimize=v[4]) * v[5]
         ),
         of.map(normalize),
@@ -158,6 +163,22 @@ def generic_logits(draw: st.DrawFn) -> dict[str, np.ndarray]:
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     scale = draw(st.sampled_from([1.0, 4.0]))
     return {name: random.normal(size=(3, 12)) * scale for name in (*NAMES, *CLASSIFIERS)}
+
+
+def is_decided(formula: Formula, values: dict[str, np.ndarray]) -> bool:
+    """Whether rounding decides nothing: logits that differ by float32's rounding give the same distribution.
+
+    A gate or a filter compares numbers that a formula may bring arbitrarily close to each other.
+    """
+    random = np.random.default_rng(0)
+    wanted = formula.evaluate(values, **STEP)
+    scale = 1 + np.abs(wanted[np.isfinite(wanted)]).max(initial=0)
+    for _ in range(4):
+        near = {name: row + 2e-7 * random.normal(size=row.shape) for name, row in values.items()}
+        found = formula.evaluate(near, **STEP)
+        if not np.allclose(found, wanted, rtol=0, atol=1e-5 * scale):
+            return False
+    return True
 
 
 @st.composite
