@@ -19,7 +19,8 @@ from tests.support.enumeration import Chooser, Dice, enumerate_paths
 from tests.support.speculation import law, model_of, random_terms
 from vllm_marith import Formula
 from vllm_marith.engine.group import MemberTag
-from vllm_marith.engine.worker.rows import JointGroup, RowPlan, RowPlans, routine_of
+from vllm_marith.engine.worker.pipelines import routine_of
+from vllm_marith.engine.worker.rows import JointGroup, RowPlan, RowPlans
 from vllm_marith.engine.worker.speculation.dice import Settled
 from vllm_marith.engine.worker.speculation.drafting import Drafter, Line, members_of
 from vllm_marith.engine.worker.speculation.verification import NO_TOKEN, Check, settle
@@ -122,6 +123,15 @@ Cut = Callable[[list[int]], int]
 """Drafted tokens -> how many of them vLLM schedules."""
 
 
+def copies(lines: Sequence[Line], numbers: Sequence[int]) -> list[torch.Tensor]:
+    """n-grams that follow a text, made up: token 1, then the number of tokens so far, and so on."""
+    found = []
+    for line, number in zip(lines, numbers, strict=True):
+        so_far = len(line.tokens) + line.lengths[0] - PROMPTS[0]
+        found.append(torch.tensor([(1 + so_far * i) % VOCAB for i in range(number)], dtype=torch.int64))
+    return found
+
+
 def group_of(formula: Formula, length: int) -> JointGroup:
     """The group of a formula whose terms are its members, as admission would make it."""
     speculation = speculate(formula, length)
@@ -138,7 +148,7 @@ def group_of(formula: Formula, length: int) -> JointGroup:
         routine=encode(lower(formula, terms), members),
         drafts=[encode(lower(level.formula, terms), members) for level in speculation.levels],
         draft_lengths=list(speculation.lengths),
-        drafter="formula",
+        drafter="ngram" if speculation.ngram else "formula",
     )
     ids = [f"g{m}" for m in members]
     return JointGroup(ids, list(members), tag, routine_of(tag.routine)), terms  # type: ignore[return-value]
@@ -188,7 +198,7 @@ def answer(
             torch.tensor(tokens[-1:]),
             group.tag.draft_lengths[-1],
         )
-        (draft,) = Drafter(members, sampler, dice).propose([line])
+        (draft,) = Drafter(members, sampler, dice, copies).propose([line])
         assert 1 <= len(draft.tokens) <= line.wanted
     return tuple(tokens[:count])
 
@@ -199,7 +209,10 @@ def _extra_args(group: JointGroup) -> dict[str, Any]:
 
 
 def formula_of(text: str, normalize: Any = "sum", **factors: int) -> Formula:
-    terms = {name: {"system": name, "speculative_factor": factors.get(name, 1)} for name in "abcd"}
+    terms: dict[str, Any] = {
+        name: {"system": name, "speculative_factor": factors.get(name, 1)} for name in "abcd"
+    }
+    terms["g"] = {"model": "ngram"}
     return Formula.parse(text, terms, normalize)
 
 
@@ -252,6 +265,14 @@ def test_every_length(length: int, count: int) -> None:
 @pytest.mark.parametrize("heat", [1, 0])
 def test_levels_nest(heat: float) -> None:
     found, expected = laws(formula_of("a + 0.6*b - 0.4*c", b=2, c=3), 2, heat, 0)
+    assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("heat", [1, 0])
+def test_ngrams_draft_for_the_first_level(heat: float) -> None:
+    formula = formula_of("superseded(g, a) + 0.6*b", a=3, b=4)
+    assert group_of(formula, 3)[0].tag.draft_lengths == [2, 3]  # type: ignore[index]
+    found, expected = laws(formula, 3, heat, 0)
     assert distance(found, expected) < 1e-6
 
 

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from tests.language.strategies import STEP, generic_logits, is_decided, operator_formulas
 from tests.support.golden import CASES, expected, logits
 from vllm_marith import Formula
-from vllm_marith.engine.worker.rows import pipeline_of
+from vllm_marith.engine.worker.pipelines import pipeline_of
 from vllm_marith.language.nodes import Schedule
 from vllm_marith.plan import encode, lower
 

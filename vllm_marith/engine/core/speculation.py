@@ -10,7 +10,8 @@ own verification step.  What has to be seen to here:
 - vLLM counts one drafted sequence a group, not one a member.
 
 Plain requests are never drafted on account of formulas; an operator's own ``--speculative-config`` drafts
-for them, and for groups that have no partial formula.
+for them, and for groups as for their leaders.  Scheduling is synchronous: what is proposed next depends on
+what was kept.
 """
 
 from __future__ import annotations
@@ -113,9 +114,6 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
                 number = self._number_of_drafts(group) if may_draft else 0
                 if number:
                     drafts[group.name] = number
-                if self.vllm_config.scheduler_config.async_scheduling:
-                    for member in group.members:
-                        member.spec_token_ids = [-1] * number
         setattr(output, DRAFTS, drafts)
         setattr(output, _SENT, time.monotonic())
 
@@ -125,9 +123,8 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
 
     def _number_of_drafts(self, group: Group) -> int:
         leader = group.leader
-        assert self._drafts_formulas
         # This step gives a token at least, and so does the one that checks the drafts.
-        wanted = leader.max_tokens - leader.num_output_tokens - leader.num_output_placeholders - 2
+        wanted = leader.max_tokens - leader.num_output_tokens - 2
         room = self.max_model_len - 1 - max(m.num_computed_tokens for m in group.members)
         longest = min(group.longest_draft, self.num_spec_tokens, wanted, room)
         if longest <= 0:

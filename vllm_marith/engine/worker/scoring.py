@@ -21,7 +21,8 @@ from vllm.v1.outputs import LogprobsTensors
 from ..group import KEY, Cause, Failure, MemberTag
 from .constituents.models import Constituents
 from .head import Head
-from .rows import JointGroup, pipeline_of
+from .pipelines import pipeline_of
+from .rows import JointGroup
 
 Heads = Callable[[Sequence[int], Sequence[torch.Tensor]], torch.Tensor | None]
 """(constituents, hidden states ``[n, size]`` of each) -> logits ``[n of all, vocab]``, in their order."""

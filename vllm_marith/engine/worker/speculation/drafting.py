@@ -11,7 +11,8 @@ import torch
 
 from vllm_marith.plan import Routine
 
-from ..rows import JointGroup, pipeline_of, routine_of
+from ..pipelines import pipeline_of, routine_of
+from ..rows import JointGroup
 from .dice import Dice
 
 
@@ -65,6 +66,13 @@ class Shape(Protocol):
         """float32 ``[n]``: 0 for greedy requests, 1 for all others, whose logits were divided already."""
 
 
+class Copy(Protocol):
+    """Tokens that follow where a text has said the like before: n-grams, which no model has to run for."""
+
+    def __call__(self, lines: Sequence[Line], numbers: Sequence[int]) -> Sequence[torch.Tensor]:
+        """int64, so many tokens at the most, for each line, to follow what it has proposed so far."""
+
+
 @dataclass
 class Line:
     """A group that is drafting.
@@ -75,7 +83,8 @@ class Line:
         last: int64 ``[1]``, the last of them.
         wanted: how many tokens it is to propose.
         tokens: int64 ``[1]`` each, proposed so far.
-        logits: float32 ``[vocab]`` each, what they were drawn from.
+        logits: float32 ``[vocab]`` each, what they were drawn from; None for copied tokens, until they are
+            settled.
     """
 
     group: JointGroup
@@ -83,7 +92,7 @@ class Line:
     last: torch.Tensor
     wanted: int
     tokens: list[torch.Tensor] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
+    logits: list[torch.Tensor | None] = field(default_factory=list)
 
     @property
     def leader(self) -> int:
@@ -94,16 +103,22 @@ class Line:
         return torch.cat(self.tokens[:number]) if number else self.last[:0]
 
     def draft(self) -> Draft:
-        return Draft(self.lengths[0], torch.cat(self.tokens), torch.stack(self.logits))
+        logits = [row for row in self.logits if row is not None]
+        return Draft(self.lengths[0], torch.cat(self.tokens), torch.stack(logits))
 
 
 class Drafter:
-    """Lets lines grow to what they want."""
+    """Lets lines grow to what they want.
 
-    def __init__(self, forward: Forward, shape: Shape, dice: Dice) -> None:
+    Args:
+        copy: proposes for the first level of formulas that n-grams draft for; without it, nothing does.
+    """
+
+    def __init__(self, forward: Forward, shape: Shape, dice: Dice, copy: Copy | None = None) -> None:
         self._forward = forward
         self._shape = shape
         self._dice = dice
+        self._copy = copy
 
     def propose(self, lines: Sequence[Line]) -> list[Draft]:
         """The drafts of lines that have none yet, and want one at least."""
@@ -124,9 +139,25 @@ class Drafter:
                     for line, goal in growing
                 ]
                 self._grow(active, level - 1, targets)
+            else:
+                self._add_copies(growing)
             self._check(active, level, known)
             for line, goal in growing:
                 del line.tokens[goal:], line.logits[goal:]
+
+    def _add_copies(self, growing: Sequence[tuple[Line, int]]) -> None:
+        """Copied tokens for the lines whose first level checks some, up to their goals."""
+        asked = [
+            (line, min(_left(line, goal) - 1, line.group.tag.draft_lengths[0]))
+            for line, goal in growing
+            if line.group.tag.drafter == "ngram" and _left(line, goal) > 1
+        ]
+        if self._copy is None or not asked:
+            return
+        lines = [line for line, _ in asked]
+        for line, tokens in zip(lines, self._copy(lines, [number for _, number in asked]), strict=True):
+            line.tokens += tokens.split(1)
+            line.logits += [None] * len(tokens)
 
     def _check(self, lines: Sequence[Line], level: int, known: Sequence[int]) -> None:
         """Settles the tokens behind the first `known` of each line; where there are none, draws one."""
@@ -141,10 +172,14 @@ class Drafter:
                 line.tokens.append(token)
                 line.logits.append(row[0])
             return
-        drafted = [line.logits[first:] for line, first in zip(lines, known, strict=True)]
+        drafted = [
+            _certain(token, target) if row is None else row
+            for line, first in zip(lines, known, strict=True)
+            for token, row in zip(line.tokens[first:], line.logits[first:], strict=True)
+        ]
         settled = self._dice.settle(
             target,
-            torch.stack([row for logits in drafted for row in logits]),
+            torch.stack(drafted),
             torch.cat([line.ahead(len(line.tokens))[f:] for line, f in zip(lines, known, strict=True)]),
             numbers,
             leaders,
@@ -197,8 +232,13 @@ def members_of(routine: Routine) -> list[int]:
 
 
 def lengths_of(group: JointGroup) -> list[int]:
-    """How many tokens each of a group's partial formulas drafts; n-grams in front of them have no part."""
+    """How many tokens each of a group's partial formulas drafts; those of n-grams come before."""
     return group.tag.draft_lengths[-len(group.tag.drafts) :]
+
+
+def _certain(token: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Logits ``[vocab]`` from which only this token can be drawn."""
+    return torch.full_like(like[0], -torch.inf).index_fill_(0, token, 0.0)
 
 
 def _left(line: Line, goal: int) -> int:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 
@@ -123,6 +124,22 @@ class Rounds:
 
     # ------------------------------------------------------------------- drafting
 
+    def _copies(self, lines: Sequence[Line], numbers: Sequence[int]) -> list[torch.Tensor]:
+        """See `drafting.Copy`: by vLLM's own n-gram proposer."""
+        runner = self._runner
+        texts = np.zeros((len(lines), runner.max_model_len), np.int32)
+        lengths = np.zeros(len(lines), np.int32)
+        for place, line in enumerate(lines):
+            drafted = line.ahead(len(line.tokens)).tolist()
+            known, lengths[place] = line.lengths[0], line.lengths[0] + len(drafted)
+            texts[place, :known] = runner.input_batch.token_ids_cpu[line.leader, :known]
+            texts[place, known : lengths[place]] = drafted
+        found = runner.drafter.propose(max(numbers), [[0]] * len(lines), lengths, texts)
+        return [
+            torch.tensor(tokens[:number], dtype=torch.int64, device=runner.device)
+            for tokens, number in zip(found, numbers, strict=True)
+        ]
+
     def propose(
         self, plan: RowPlan | None, scheduler_output: Any, sampled: Sequence[Sequence[int]]
     ) -> dict[int, list[int]]:
@@ -143,7 +160,7 @@ class Rounds:
         if not lines:
             return {}
         dice = Dice(self._runner.device, batch.sampling_metadata.generators)
-        drafter = Drafter(self._forward, self._shape, dice)
+        drafter = Drafter(self._forward, self._shape, dice, self._copies)
         proposals: dict[int, list[int]] = {}
         for line, draft in zip(lines, drafter.propose(lines), strict=True):
             self._drafts[line.group.tag.group] = draft
