@@ -124,11 +124,12 @@ Cut = Callable[[list[int]], int]
 
 
 def copies(lines: Sequence[Line], numbers: Sequence[int]) -> list[torch.Tensor]:
-    """n-grams that follow a text, made up: token 1, then the number of tokens so far, and so on."""
+    """n-grams that follow a text, made up: none, or token 1 and the one that the text's length says."""
     found = []
     for line, number in zip(lines, numbers, strict=True):
         so_far = len(line.tokens) + line.lengths[0] - PROMPTS[0]
-        found.append(torch.tensor([(1 + so_far * i) % VOCAB for i in range(number)], dtype=torch.int64))
+        known = number if so_far % 2 else 0
+        found.append(torch.tensor([(1 + so_far * i) % VOCAB for i in range(known)], dtype=torch.int64))
     return found
 
 

@@ -232,10 +232,16 @@ def test_an_abort_between_draft_and_check(llm: Any) -> None:
     assert drafts(llm)[0] > 0
 
 
-def test_ngrams_draft(llm: Any) -> None:
-    """The paper's superseded(A, M) with a free A: vLLM's own proposer, checked by the formula."""
+@pytest.mark.parametrize(
+    ("text", "factors"),
+    [("superseded(g, 2*a - b)", (1, 1)), ("superseded(g, a) + 0.3*b", (3, 5))],
+    ids=["for the formula", "for its first level"],
+)
+def test_ngrams_draft(llm: Any, text: str, factors: tuple[int, int]) -> None:
+    """The paper's superseded(A, M) with a free A: vLLM's proposer, checked by the formula or by a level."""
+    a, b = ({"speculative_factor": factor} for factor in factors)
+    formula = Formula.parse(text, {"g": {"model": "ngram"}, "a": a, "b": {"system": "Count.", **b}})
     text = "one two three four five six seven eight " * 4
-    formula = Formula.parse("superseded(g, 2*a - b)", {"g": {"model": "ngram"}, "b": {"system": "Count."}})
     asked = dict(temperature=0, max_tokens=48, ignore_eos=True, allowed_token_ids=list(range(300, 306)))
     plain, found = (
         llm.generate([text], formula.sampling_params(speculative=how, **asked), use_tqdm=False)[0].outputs[0]

@@ -96,7 +96,7 @@ def test_a_witness_tells_what_the_members_said() -> None:
     torch.manual_seed(0)
     logits = torch.randn(4, 16)
     kept = logits.clone()
-    witness = Witness("key", [2, 0])
+    witness = Witness("key", [2, 0], request=1)  # checked drafts move rows of logits, not of requests
     witness.before(logits)
     logits[2] = 2 * kept[2] - kept[0]
     witness.after(logits)
@@ -106,7 +106,7 @@ def test_a_witness_tells_what_the_members_said() -> None:
     for chosen, runner_up in ((best[0], best[1]), (best[5], best[0])):
         witness.before(kept)
         witness.after(torch.stack([kept[0], kept[1], 2 * kept[2] - kept[0], kept[3]]))
-        witness.sampled(torch.tensor([[9], [9], [int(chosen)], [9]], dtype=torch.int32))
+        witness.sampled(torch.tensor([[9], [int(chosen)], [9], [9]], dtype=torch.int32))
         ((ids, logprobs),) = EVIDENCE.fetch("key", 0, last=True)
         assert ids == [chosen, runner_up]
         for token, row in zip(ids, logprobs, strict=True):

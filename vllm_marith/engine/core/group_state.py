@@ -21,7 +21,8 @@ class Group:
     Attributes:
         members: the leader's request, then the followers'.
         ids: their request ids.
-        constraints, routine, drafter, adaptive: as in `GroupSpec`.
+        constraints, routine, adaptive: as in `GroupSpec`.
+        drafts_by_formula: whether its drafts take forward passes.
         longest_draft: most tokens that it drafts at once.
         released: the members are in vLLM's queues; otherwise the group waits in the backlog.
         joint: every member has exactly one token left to compute, so a step can sample them
@@ -35,7 +36,7 @@ class Group:
     constraints: dict[str, Any] | None = None
     routine: str = ""
     longest_draft: int = 0
-    drafter: str = ""
+    drafts_by_formula: bool = False
     adaptive: bool = False
     released: bool = False
     joint: bool = False
@@ -116,4 +117,6 @@ def build_group(leader: Request, spec: GroupSpec, max_tokens: int) -> Group:
         for tag, prompt, adapter in zip(tags[1:], spec.prompts, adapters, strict=True)
     ]
     longest = spec.draft_lengths[-1] if spec.draft_lengths else 0
-    return Group([leader, *followers], spec.constraints, spec.routine, longest, spec.drafter, spec.adaptive)
+    return Group(
+        [leader, *followers], spec.constraints, spec.routine, longest, bool(spec.drafts), spec.adaptive
+    )

@@ -132,7 +132,7 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
         if not group.adaptive:
             return longest
         # Groups that run beside each other are likely to draft alike: the step grows by all their rows.
-        passes = 0.0 if group.drafter == "ngram" else 1.0
+        passes = 1.0 if group.drafts_by_formula else 0.0
         return self._pacing.length(group.routine, len(self.running), longest, passes)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
@@ -167,7 +167,7 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
     def _passes(self, name: str) -> bool:
         """Whether a group's drafts take forward passes."""
         group = self.groups.get(name)
-        return group is not None and group.drafter == "formula"
+        return group is not None and group.drafts_by_formula
 
     def make_spec_decoding_stats(
         self,

@@ -175,7 +175,8 @@ class Admission:
         """
         terms = {name: formula.terms[name] for name in drafts.plan.terms}
         runs_on = self.adapters.of_terms(terms, adapter)
-        return drafts.drafter == "ngram" or len({model for model, _ in runs_on}) > 1
+        only_copies = drafts.drafter == "ngram" and not drafts.levels
+        return only_copies or len({model for model, _ in runs_on}) > 1
 
     def _render(
         self, engine_input: MutableMapping[str, Any], name: str, term: Term, scored: bool

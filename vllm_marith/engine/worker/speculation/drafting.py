@@ -156,7 +156,8 @@ class Drafter:
             return
         lines = [line for line, _ in asked]
         for line, tokens in zip(lines, self._copy(lines, [number for _, number in asked]), strict=True):
-            line.tokens += tokens.split(1)
+            # Often there are none.
+            line.tokens += [tokens[place : place + 1] for place in range(len(tokens))]
             line.logits += [None] * len(tokens)
 
     def _check(self, lines: Sequence[Line], level: int, known: Sequence[int]) -> None:
