@@ -549,8 +549,15 @@ def test_wrong_settings_stop_the_start(tiny_model: Path, tmp_path: Path, setting
     ("options", "words"),
     [
         (
-            dict(speculative_config=dict(method="ngram", num_speculative_tokens=2, prompt_lookup_max=3)),
-            "--speculative-config cannot be combined with formulas",
+            dict(speculative_config=dict(method="custom_class", model="a.B", num_speculative_tokens=2)),
+            "--speculative-config: formulas cannot be drafted by the method 'custom_class'",
+        ),
+        (
+            dict(
+                speculative_config=dict(method="ngram", num_speculative_tokens=2),
+                additional_config={"marith": {"speculative": "auto"}},
+            ),
+            "formulas draft .* or vLLM does .*, not both",
         ),
         (
             dict(scheduler_cls=other_scheduler),

@@ -97,6 +97,20 @@ def test_greedy_equals_huggingface(case: str, models: tuple[str, dict[str, str]]
     assert 0 < accepted < drafted
 
 
+def test_an_operators_own_ngrams_draft_for_all(models: tuple[str, dict[str, str]]) -> None:
+    """vLLM's own speculation, for plain requests and for formulas as for their leaders."""
+    base, _ = models
+    mine = [job for job in jobs() if not job.models]
+    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
+    own = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
+    with engines.engine(base, speculative_config=own) as llm:
+        answers = exactness.generate(llm, mine, asked)
+        drafted, _ = drafts(llm)
+        engines.assert_all_returned(llm)
+    exactness.assert_greedy(mine, answers, exactness.references(base, mine, LENGTH))
+    assert drafted
+
+
 # ------------------------------------------------------------------------------ one engine for the rest
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from . import patches, speculation
+from . import patches
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -47,16 +47,21 @@ def register() -> None:
             processors = list(self.logits_processors or [])
             if not any(p in named for p in processors):
                 return create_engine_config(self, *args, **kwargs)
+            from . import speculation
+
             try:
                 check_version()
                 patches.shield_llvmlite()
                 self.logits_processors = [PROCESSOR if p in named else p for p in processors]
-                with speculation.configured(self):
-                    config = create_engine_config(self, *args, **kwargs)
+                try:
+                    with speculation.configured(self):
+                        config = create_engine_config(self, *args, **kwargs)
+                except speculation.ConfigurationError as error:
+                    raise UnsupportedError(str(error)) from None
                 enable(config)
                 if _is_server(args, kwargs):
                     _enable_serving(config, self.served_model_name or [self.model])
-            except (UnsupportedError, speculation.ConfigurationError) as error:
+            except UnsupportedError as error:
                 if _is_server(args, kwargs):
                     # One sentence for the operator; a traceback of vLLM's start says nothing more.
                     raise SystemExit(f"marith: {error}") from None
@@ -75,6 +80,7 @@ def enable(config: VllmConfig) -> None:
         UnsupportedError: an option that formulas cannot be served with, a wrong setting, a wrong preset
             file, or a classifier that cannot be used.
     """
+    from . import speculation
     from .classifiers import read_cards
     from .settings import Settings
 
@@ -161,6 +167,8 @@ def _check_ledger(runner: str = "") -> None:
 
 def check_options(config: VllmConfig) -> None:
     """Raises `UnsupportedError` for the first engine option that formulas do not work with."""
+    from . import speculation
+
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
     base = scheduler.get_scheduler_cls()
     known = f"{base.__module__}.{base.__qualname__}" in _SCHEDULERS
