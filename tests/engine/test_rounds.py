@@ -263,6 +263,13 @@ def test_every_length(length: int, count: int) -> None:
     assert distance(found, expected) < 1e-6
 
 
+def test_schedules_turn_within_a_round() -> None:
+    """The step that checks one draft has the formula of two positions."""
+    formula = formula_of("a + schedule(0: 0.5, 2: 4)*b", b=2)
+    found, expected = laws(formula, 1, 1, 0, count=3)
+    assert distance(found, expected) < 1e-6
+
+
 @pytest.mark.parametrize("heat", [1, 0])
 def test_levels_nest(heat: float) -> None:
     found, expected = laws(formula_of("a + 0.6*b - 0.4*c", b=2, c=3), 2, heat, 0)

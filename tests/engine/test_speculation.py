@@ -193,7 +193,7 @@ SURFACE: dict[str, dict[str, Any]] = {
     "few tokens": dict(allowed_token_ids=list(range(300, 330)), frequency_penalty=0.5),
     "stop": dict(stop=["e"], include_stop_str_in_output=True),
     "end": dict(ignore_eos=False, logit_bias={2: 14.0}, min_tokens=5),
-    "several": dict(n=1, max_tokens=1),
+    "one token": dict(max_tokens=1),
 }
 
 
