@@ -4,7 +4,9 @@
 
 - a member is computed through its last token together with all its group, and all of them have the
   same number of output tokens after every update;
-- what a row attends to is what its tokens say (block tables, prefix-cache hits, recomputation);
+- what a row attends to is what its tokens say (block tables, prefix-cache hits, recomputation, drafts that
+  were not kept);
+- members have the same drafts and check the same ones, and there is room for what drafting terms compute;
 - clients see their own requests only, each with exactly its tokens;
 - each request waits or runs in exactly one place;
 - rows and token budget are respected, and vLLM's own loop never preempts while groups live;
@@ -56,6 +58,7 @@ jobs = st.builds(
     formula=st.sampled_from([True, True, True, False]),
     adapters=st.lists(st.integers(0, 2), min_size=1, max_size=3).map(tuple),
     grammar=st.sampled_from([False] * 7 + [True]),
+    drafts=st.sampled_from([0, 1, 3, 4]),
 )
 
 
@@ -65,8 +68,9 @@ def engines(draw: Any) -> Options:
     window = draw(st.sampled_from([None, None, None, 6]))
     # vLLM sees to it that a request of the model's length fits.
     smallest = 17 if window is None else 36
+    drafts = draw(st.sampled_from([0, 0, 2, 4]))
     return Options(
-        asynchronous=draw(st.booleans()),
+        asynchronous=not drafts and draw(st.booleans()),
         by_priority=draw(st.booleans()),
         prefix_caching=draw(st.sampled_from([True, True, False])),
         num_blocks=draw(st.sampled_from([smallest, smallest + 9, smallest + 20, smallest + 40, 400])),
@@ -76,6 +80,8 @@ def engines(draw: Any) -> Options:
         sliding_window=window,
         v2_runner=draw(st.booleans()),
         max_adapters=draw(st.sampled_from([None, None, 1, 2])),
+        drafts=drafts,
+        drafts_for_all=drafts > 0 and draw(st.sampled_from([False, False, True])),
     )
 
 
@@ -98,7 +104,7 @@ traffic = st.lists(
     min_size=8,
     max_size=50,
 )
-COUNTS = dict.fromkeys(["requests", "members", "steps", "joint", "preemptions", "idle"], 0)
+COUNTS = dict.fromkeys(["requests", "members", "steps", "joint", "preemptions", "idle", "drafted", "kept"], 0)
 
 
 def drive(engine: FakeEngine, traffic: list[tuple[str, Any]]) -> None:
@@ -147,6 +153,8 @@ def drive(engine: FakeEngine, traffic: list[tuple[str, Any]]) -> None:
     COUNTS["steps"] += len(engine.steps)
     COUNTS["joint"] += engine.worker.num_joint_steps
     COUNTS["preemptions"] += engine.scheduler.figures.preempted
+    COUNTS["drafted"] += engine.worker.num_drafted
+    COUNTS["kept"] += engine.worker.num_kept
     COUNTS["idle"] = max(COUNTS["idle"], engine.most_idle)
 
 
@@ -157,8 +165,9 @@ def crowd(rng: random.Random) -> tuple[Options, list[tuple[str, Any]]]:
     """Long answers, many short prompts, few blocks: groups outgrow the pool and wait for rows."""
     rows = rng.randint(6, 24)
     window = rng.choice([None, None, None, 6])
+    drafts = rng.choice([0, 0, 2, 4])
     options = Options(
-        asynchronous=rng.random() < 0.5,
+        asynchronous=not drafts and rng.random() < 0.5,
         by_priority=rng.random() < 0.5,
         prefix_caching=rng.random() < 0.6,
         num_blocks=(17 if window is None else 36) + rng.randint(0, 25),
@@ -168,6 +177,8 @@ def crowd(rng: random.Random) -> tuple[Options, list[tuple[str, Any]]]:
         sliding_window=window,
         v2_runner=rng.random() < 0.5,
         max_adapters=rng.choice([None, None, 1, 2]),
+        drafts=drafts,
+        drafts_for_all=drafts > 0 and rng.random() < 0.3,
     )
 
     def job() -> Job:
@@ -181,6 +192,7 @@ def crowd(rng: random.Random) -> tuple[Options, list[tuple[str, Any]]]:
             formula=rng.random() < 0.7,
             adapters=tuple(rng.randrange(3) for _ in range(rng.choice([1, 1, 2, 3]))),
             grammar=rng.random() < 0.1,
+            drafts=rng.choice([0, 1, 3, 4]),
         )
 
     traffic: list[tuple[str, Any]] = []
@@ -217,3 +229,4 @@ def test_the_traffic_was_heavy() -> None:
         assert COUNTS["requests"] > 10 * EXAMPLES
         assert COUNTS["joint"] > COUNTS["requests"]
         assert COUNTS["preemptions"] > EXAMPLES / 10
+        assert COUNTS["drafted"] > COUNTS["kept"] > COUNTS["requests"]

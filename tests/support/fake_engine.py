@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,8 @@ class Job:
     stops: whether `STOP` ends it.
     formula: False makes a plain request, with the first prompt only.
     adapters: numbers of the members' LoRAs, over and over; 0 is none.
-    grammar: whether it waits for `FakeEngine.compile` first.
+    grammar: whether it waits for `FakeEngine.compile` first; then two drafted tokens are allowed at once.
+    drafts: tokens that its formula drafts at a time, where the engine speculates.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -42,6 +43,7 @@ class Job:
     formula: bool = True
     adapters: tuple[int, ...] = (0,)
     grammar: bool = False
+    drafts: int = 0
 
     @property
     def members(self) -> tuple[tuple[int, ...], ...]:
@@ -82,7 +84,7 @@ class FakeEngine:
         self.strict = strict
         self.scheduler = make_scheduler(model, options, **kwargs)
         windows = [None, options.sliding_window] if options.sliding_window else [None]
-        self.worker = FakeWorker(windows, strict)
+        self.worker = FakeWorker(windows, strict, options.drafts if options.drafts_for_all else 0)
         self.depth = 2 if options.asynchronous else 1
         self.in_flight: deque[tuple[Any, Any]] = deque()
         self.steps: list[Any] = []  # all that was scheduled
@@ -130,6 +132,8 @@ class FakeEngine:
         leader, *followers = map(list, job.members)
         adapter, *adapters = self._adapters(job)
         spec = GroupSpec(followers, "no worker reads it", adapters=list(map(to_wire, adapters)))
+        if job.drafts and self.options.drafts and not self.options.drafts_for_all:
+            spec = replace(spec, drafts=["a level"], draft_lengths=[job.drafts], drafter="formula")
         return Request(
             request_id=name,
             prompt_token_ids=leader,
@@ -154,7 +158,11 @@ class FakeEngine:
             self.jobs[name].fails = True
             grammar.set_exception(ValueError("no such grammar"))
         else:
-            grammar.set_result(SimpleNamespace(accept_tokens=lambda request_id, tokens: True))
+            grammar.set_result(
+                SimpleNamespace(
+                    accept_tokens=lambda request_id, tokens: True, validate_tokens=lambda tokens: tokens[:2]
+                )
+            )
 
     def _adapters(self, job: Job) -> list[Any]:
         """The members' adapters, no more of them than admission would let in."""
@@ -167,7 +175,11 @@ class FakeEngine:
     def _could_fit(self, members: Sequence[Sequence[int]]) -> bool:
         """Whether the engine could hold these prompts, with a token to come, by themselves."""
         manager = self.scheduler.kv_cache_manager
-        blocks = sum(-(-len(prompt) // BLOCK_SIZE) for prompt in members) * len(self.worker.windows)
+        # A first token, its drafts, and what drafting terms compute on their way to them need room as well.
+        number = self.scheduler.num_spec_tokens
+        drafts = 1 + number + self.scheduler.num_lookahead_tokens if number else 0
+        lengths = [len(prompt) + drafts for prompt in members]
+        blocks = sum(-(-length // BLOCK_SIZE) for length in lengths) * len(self.worker.windows)
         usable = manager.block_pool.num_gpu_blocks - 1 - manager.watermark_blocks * (len(members) > 1)
         rows = min(self.options.max_num_seqs, self.scheduler.max_num_scheduled_tokens)
         return len(members) <= rows and blocks <= usable
@@ -210,6 +222,8 @@ class FakeEngine:
             assert set(client.finished_requests or ()) <= self.jobs.keys()
             for found in client.outputs:
                 self._receive(found)
+        if self.options.drafts:
+            scheduler.update_draft_token_ids(self.worker.take_drafts())
         self._check_updated()
         return True
 
@@ -281,6 +295,8 @@ class FakeEngine:
             for group in scheduler.groups.values():
                 lengths = {m.num_output_tokens for m in group.members}
                 assert len(lengths) == 1, f"a member of {group.name} is ahead"
+                drafts = {tuple(m.spec_token_ids) for m in group.members}
+                assert len(drafts) == 1, f"members of {group.name} have other drafts"
             for group in scheduler._gathering.values():
                 places += group.late
             for entry in [*scheduler.backlog._entries.values(), *scheduler._compiling.values()]:

@@ -19,6 +19,8 @@ class Options:
     """One engine.
 
     formulas: False makes vLLM's own scheduler.
+    drafts: the most tokens that are drafted at once; 0 for no speculation.
+    drafts_for_all: the operator has vLLM draft for all requests, in place of formulas for themselves.
     """
 
     asynchronous: bool = False
@@ -33,15 +35,27 @@ class Options:
     max_adapters: int | None = None
     max_num_scheduled_tokens: int | None = None
     formulas: bool = True
+    drafts: int = 0
+    drafts_for_all: bool = False
 
 
 @cache
-def _base_config(model: str) -> Any:
+def _base_config(model: str, drafts: int = 0, drafts_for_all: bool = False) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(
+    from vllm_marith.engine.speculation import configured, mark
+
+    args = EngineArgs(
         model=model, dtype="float32", max_model_len=MAX_MODEL_LEN, enforce_eager=True, block_size=32
-    ).create_engine_config()
+    )
+    if drafts_for_all:
+        args.speculative_config = {"method": "ngram", "num_speculative_tokens": drafts}
+    elif drafts:
+        args.additional_config = {"marith": {"speculative": "auto", "max_speculative_tokens": drafts}}
+    with configured(args):
+        config = args.create_engine_config()
+    mark(config)
+    return config
 
 
 @cache
@@ -65,7 +79,7 @@ def make_scheduler(model: Any, options: Options, **kwargs: Any) -> Any:
 
     from vllm_marith.engine.core.scheduler import AsyncGroupScheduler, GroupScheduler
 
-    config = copy.copy(_base_config(str(model)))
+    config = copy.copy(_base_config(str(model), options.drafts, options.drafts_for_all))
     config.scheduler_config = copy.copy(config.scheduler_config)
     config.scheduler_config.policy = "priority" if options.by_priority else "fcfs"
     config.scheduler_config.max_num_seqs = options.max_num_seqs

@@ -4,15 +4,18 @@ It keeps "keys and values" in the blocks that the scheduler hands out: at each p
 all tokens up to it.  Before a row is computed, everything that it would attend to is compared, so a
 wrong block table, a wrong prefix-cache hit or a token computed twice fails at once.  The sampled
 token is a hash of what all members have seen.
+
+Where groups draft, it proposes what it will sample, now and then something else, and computes its drafts
+in the slots that the scheduler left for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_marith.engine.group import KEY, MemberTag
+from vllm_marith.engine.group import DRAFTS, KEY, MemberTag
 
 VOCAB = 16
 BLOCK_SIZE = 8
@@ -34,6 +37,12 @@ def choose(states: Sequence[int]) -> int:
     return hash(tuple(states)) % VOCAB
 
 
+def guess(states: Sequence[int]) -> int:
+    """A draft of the token after `states`: wrong once in four times."""
+    right = choose(states)
+    return right if hash((*states, "guess")) % 4 else (right + 1) % VOCAB
+
+
 @dataclass
 class Row:
     """A request as the worker knows it."""
@@ -50,11 +59,15 @@ class FakeWorker:
 
     windows: per KV-cache group, how many positions a row attends to; None for all.
     strict: whether a step with a part of a group's members is an error, as it should be.
+    plain_drafts: how many tokens it proposes for every request, whoever asks.
     """
 
-    def __init__(self, windows: Sequence[int | None], strict: bool = True) -> None:
+    def __init__(self, windows: Sequence[int | None], strict: bool = True, plain_drafts: int = 0) -> None:
         self.windows = windows
         self.strict = strict
+        self.plain_drafts = plain_drafts
+        self.drafts: dict[str, list[int]] = {}  # of the last step
+        self.num_drafted = self.num_kept = 0  # tokens of groups
         self.rows: dict[str, Row] = {}
         self.cache: dict[int, list[int]] = {}
         self.num_joint_steps = 0
@@ -76,10 +89,12 @@ class FakeWorker:
         complete = []
         for request_id, num_tokens in step.num_scheduled_tokens.items():
             row = self.rows[request_id]
-            self._compute(row, num_tokens)
-            if row.computed == len(row.tokens):
+            drafts = step.scheduled_spec_decode_tokens.get(request_id, [])
+            self._compute(row, num_tokens, drafts)
+            if row.computed == len(row.tokens) + len(drafts):
                 complete.append(request_id)
-        sampled = self._sample(complete)
+        sampled = self._sample(complete, step.scheduled_spec_decode_tokens)
+        self._draft(complete, getattr(step, DRAFTS, {}))
         ids = list(step.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=ids,
@@ -103,10 +118,19 @@ class FakeWorker:
             for mine, ids in zip(row.blocks, new_blocks or (), strict=False):
                 mine.extend(ids)
 
-    def _compute(self, row: Row, num_tokens: int) -> None:
+    def take_drafts(self) -> Any:
+        """What the engine core asks for after each step."""
+        from vllm.v1.outputs import DraftTokenIds
+
+        drafts, self.drafts = self.drafts, {}
+        return DraftTokenIds(list(drafts), list(drafts.values()))
+
+    def _compute(self, row: Row, num_tokens: int, drafts: Sequence[int] = ()) -> None:
         start, end = row.computed, row.computed + num_tokens
-        assert end <= len(row.tokens), "a position without a token"
-        extend(row.chain, row.tokens[len(row.chain) : end])
+        tokens = [*row.tokens, *drafts]
+        assert end <= len(tokens), "a position without a token"
+        assert not drafts or end == len(tokens), "drafts behind tokens that are not computed"
+        extend(row.chain, tokens[len(row.chain) : end])
         for blocks, window in zip(row.blocks, self.windows, strict=True):
             for position in range(start, end):
                 block = blocks[position // BLOCK_SIZE]
@@ -122,21 +146,61 @@ class FakeWorker:
                 position = stop
         row.computed = end
 
-    def _sample(self, complete: list[str]) -> dict[str, list[int]]:
+    def _groups(self, complete: Iterable[str]) -> dict[str, list[str]]:
+        """Group (a plain request is one by itself) -> its members' ids, in member order."""
         groups: dict[str, list[str]] = {}
         for request_id in complete:
             tag = self.rows[request_id].tag
             groups.setdefault(tag.group if tag else request_id, []).append(request_id)
+        for ids in groups.values():
+            ids.sort(key=lambda i: tag.index if (tag := self.rows[i].tag) else 0)
+        return groups
+
+    def _sample(self, complete: list[str], drafts_of: Mapping[str, list[int]]) -> dict[str, list[int]]:
         sampled = {}
-        for name, ids in groups.items():
-            rows = sorted((self.rows[i] for i in ids), key=lambda row: row.tag.index if row.tag else 0)
+        for name, ids in self._groups(complete).items():
+            rows = [self.rows[i] for i in ids]
             size = rows[0].tag.size if rows[0].tag else 1
             assert len(rows) == size or not self.strict, (
                 f"{len(rows)} of {size} members of {name} sampled together"
             )
             self.num_joint_steps += size > 1
-            token = choose([row.chain[-1] for row in rows])
+            drafts = drafts_of.get(ids[0], [])
+            assert all(drafts_of.get(i, []) == drafts for i in ids), f"members of {name} check other drafts"
+            tokens: list[int] = []
+            for number in range(len(drafts) + 1):
+                place = number - len(drafts) - 1  # of the last known token, then of each draft
+                tokens.append(choose([row.chain[place] for row in rows]))
+                if number == len(drafts) or tokens[-1] != drafts[number]:
+                    break
+            if rows[0].tag:
+                self.num_drafted += len(drafts)
+                self.num_kept += len(tokens) - 1
             for request_id, row in zip(ids, rows, strict=True):
-                row.tokens.append(token)
-                sampled[request_id] = [token]
+                # Of a row's drafts, what was computed after the last one kept is void.
+                row.computed = len(row.tokens) + len(tokens) - 1
+                row.tokens += tokens
+                del row.chain[row.computed :]
+                sampled[request_id] = tokens
         return sampled
+
+    def _draft(self, complete: list[str], lengths: Mapping[str, int]) -> None:
+        """Proposes tokens, and computes them for every row as a drafting term does on its way."""
+        self.drafts = dict.fromkeys(complete, [])
+        for name, ids in self._groups(complete).items():
+            rows = [self.rows[i] for i in ids]
+            number = self.plain_drafts or lengths.get(name, 0)
+            assert number == 0 or rows[0].tag is None or len(rows) == rows[0].tag.size or not self.strict
+            chains = [[*row.chain, *extend(row.chain[-1:], row.tokens[-1:])[-1:]] for row in rows]
+            tokens: list[int] = []
+            for _ in range(number):
+                tokens.append(guess([chain[-1] for chain in chains]))
+                for chain in chains:
+                    extend(chain, tokens[-1:])
+            self.drafts[ids[0]] = tokens
+            if not self.plain_drafts:
+                for row, chain in zip(rows, chains, strict=True):
+                    for position in range(row.computed, row.computed + number):
+                        for blocks in row.blocks:
+                            slots = self.cache.setdefault(blocks[position // BLOCK_SIZE], [0] * BLOCK_SIZE)
+                            slots[position % BLOCK_SIZE] = chain[position]

@@ -60,11 +60,12 @@ class BlockAccount:
         # One block is vLLM's null block.  A group also has to get in again when it was preempted at
         # its full length, and vLLM keeps a watermark free when it admits beside running requests.
         usable = self._manager.block_pool.num_gpu_blocks - 1 - self._manager.watermark_blocks
-        drafts = self._most_tokens() - 1
+        # Where it speculates, vLLM admits no request without a step's slots beyond its length (`can_admit`).
+        beyond = self._most_tokens() if self._scheduler.num_spec_tokens else 0
 
         def need(num_generated: int) -> int:
             # The last token is never computed.
-            lengths = [self._within(length + num_generated - 1 + drafts) for length in prompt_lengths]
+            lengths = [self._within(length + num_generated - 1) + beyond for length in prompt_lengths]
             return sum(map(self._to_hold, lengths, constituents))
 
         if limit < 1 or need(limit) <= usable:

@@ -135,7 +135,11 @@ class GroupMixin(SpeculativeLifecycle):
             return output
         self._find_joint(throttle_prefills)
         self._order_running()
-        self._fit_drafts([r for r in self.running if self._decodes(r)])
+        decoding = [r for r in self.running if self._decodes(r)]
+        self._fit_drafts(decoding)
+        if self._num_late:
+            taken = sum(1 + len(r.spec_token_ids) for r in decoding)
+            self._prefill_allowance = self.max_num_scheduled_tokens - taken - self._num_late
         preempted = self._make_room()
         if not preempted and self.pause_state == PauseState.UNPAUSED:
             self._release()
@@ -163,9 +167,6 @@ class GroupMixin(SpeculativeLifecycle):
             group.late = []
             group.joint = True
             del self._gathering[group.name]
-        if self._num_late:
-            decoding = sum(1 + len(r.spec_token_ids) for r in self.running if self._decodes(r))
-            self._prefill_allowance = self.max_num_scheduled_tokens - decoding - self._num_late
 
     def _decodes(self, request: Request) -> bool:
         """Whether a running request takes its last token in this step, and drafts if it has some."""
