@@ -186,7 +186,7 @@ class FakeWorker:
 
     def _draft(self, complete: list[str], lengths: Mapping[str, int]) -> None:
         """Proposes tokens, and computes them for every row as a drafting term does on its way."""
-        self.drafts = dict.fromkeys(complete, [])
+        self.drafts = {request_id: [] for request_id in complete}
         for name, ids in self._groups(complete).items():
             rows = [self.rows[i] for i in ids]
             number = self.plain_drafts or lengths.get(name, 0)
