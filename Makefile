@@ -18,8 +18,10 @@ setup:
 demo: setup
 	@.venv/bin/marith demo
 
+# A file's tests share an engine, so whole files are given to the processes.
+TEST_PROCESSES ?= 2
 test: setup
-	@$(PYTHON) -m pytest $(PYTEST_ARGS)
+	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .
