@@ -43,7 +43,12 @@ def admission(**settings: Any) -> Admission:
         scheduler_config=SimpleNamespace(max_num_seqs=8),
         cache_config=SimpleNamespace(num_gpu_blocks=9, block_size=16),
         parallel_config=SimpleNamespace(data_parallel_size=1),
+        num_speculative_tokens=0,
+        num_lookahead_tokens=0,
     )
+    read = Settings.of(config)
+    if read.speculates:
+        config.num_speculative_tokens = read.max_speculative_tokens
     return Admission(SimpleNamespace(config=config))
 
 
@@ -191,10 +196,11 @@ def test_a_request_is_admitted_once():
 
 
 def test_drafted_tokens_need_room_in_the_kv_cache():
-    found = admission(speculative="off")
-    assert found.room([2, 2], [0, 0], 0) == 62
-    assert found.room([2, 2], [0, 0], 5) == 57
-    assert found.room([20] * 4, [0] * 4, 5) == 7
+    assert admission().room([2, 2], [0, 0]) == 62
+    found = admission(speculative="off", max_speculative_tokens=3)
+    assert found.slots_ahead == 7  # a token, three drafts of it, and three that the drafting terms compute
+    assert found.room([2, 2], [0, 0]) == 55
+    assert found.room([20] * 4, [0] * 4) == 5
 
 
 def test_settings():

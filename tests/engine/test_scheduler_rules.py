@@ -11,9 +11,11 @@ import pytest
 
 from tests.support.fake_engine import FakeEngine, Job, Progress
 from tests.support.fake_scheduler import Options
+from tests.support.fake_worker import BLOCK_SIZE
 from vllm_marith.engine.core.blocks import BlockAccount
 from vllm_marith.engine.core.scheduler import GroupMixin
 from vllm_marith.engine.group import KEY
+from vllm_marith.engine.speculation import slots_ahead
 
 
 def prompt(length: int, first: int = 50) -> tuple[int, ...]:
@@ -325,3 +327,36 @@ def test_the_clock_may_step(tiny_model: Any, by_priority: bool, asynchronous: bo
     engine.drain()
     assert engine.scheduler.figures.preempted > 0
     assert not engine.scheduler.figures.failed
+
+
+@pytest.mark.parametrize("drafts_for_all", [False, True])
+def test_admission_and_scheduler_agree_on_the_room_for_drafts(tiny_model: Any, drafts_for_all: bool) -> None:
+    """What one of them promises the other keeps: a group with exactly so much room is let in."""
+    options = Options(num_blocks=8, drafts=4, drafts_for_all=drafts_for_all)
+    engine = FakeEngine(tiny_model, options)
+    ahead = slots_ahead(engine.scheduler.vllm_config)
+    assert ahead == (5 if drafts_for_all else 9)
+    # Seven blocks of eight: of two members, one has four of them and the other three.
+    longest, shorter = 4 * BLOCK_SIZE - ahead, 3 * BLOCK_SIZE - ahead
+    engine.add(group(longest, shorter, drafts=4))
+    engine.drain()
+    assert engine.jobs["r0"].ended == "length"
+    engine.add(group(longest + 1, shorter, drafts=4))
+    assert engine.jobs["r1"].fails
+
+
+def test_drafts_that_do_not_fit_a_step_leave_no_debt(tiny_model: Any) -> None:
+    """Drafts are cut before anybody counts what they leave for prefills."""
+    options = Options(drafts=4, drafts_for_all=True, max_num_seqs=8, max_num_batched_tokens=16)
+    engine = FakeEngine(tiny_model, options)
+    for _ in range(3):
+        engine.add(plain(3, max_tokens=90))
+    engine.step()
+    engine.add(plain(60, max_tokens=4))
+    engine.step()  # of its 16 tokens, three rows and their drafts take 15
+    name = engine.add(group(1, 1, max_tokens=4))
+    engine.step()  # lets the group in
+    engine.step()  # in which its members are
+    assert engine.steps[-1].num_scheduled_tokens[f"{name}+1"] == 1
+    engine.drain()
+    assert engine.jobs[name].ended == "length"

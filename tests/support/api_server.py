@@ -44,7 +44,10 @@ class FakeEngineClient:
         settings = {"presets": str(presets)} if presets else {}
         self.model_config = SimpleNamespace(model="tiny", max_model_len=512, logits_processors=[PROCESSOR])
         self.vllm_config = SimpleNamespace(
-            additional_config={"marith": settings}, model_config=self.model_config, lora_config=None
+            additional_config={"marith": settings},
+            model_config=self.model_config,
+            lora_config=None,
+            num_speculative_tokens=0,
         )
         self.renderer = SimpleNamespace(config=self.vllm_config, tokenizer=FakeTokenizer())
         self.input_processor = None

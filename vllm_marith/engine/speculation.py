@@ -67,6 +67,17 @@ def is_ours(speculative_config: Any) -> bool:
     return bool(getattr(speculative_config, _OURS, False))
 
 
+def slots_ahead(config: Any) -> int:
+    """KV-cache slots beyond a member's tokens without which vLLM lets nobody in: those of a step with drafts.
+
+    A step has the last token, K drafted ones, and what the drafting terms compute on their way to the next.
+    """
+    drafted: int = config.num_speculative_tokens
+    if not drafted:
+        return 0
+    return 1 + drafted + max(config.num_lookahead_tokens, drafted if Settings.of(config).speculates else 0)
+
+
 def refusals(config: Any) -> Iterator[tuple[bool, str]]:
     """(whether a configuration is refused, the sentence), for what concerns speculation."""
     theirs = config.speculative_config

@@ -21,6 +21,7 @@ from vllm_marith.plan import Plan, encode
 from ..classifiers import read_cards
 from ..group import EXPLAIN, KEY, ClassifierTerm, GroupSpec
 from ..settings import Settings
+from ..speculation import slots_ahead
 from .adapters import Adapters, to_wire
 from .classifiers import classifier_term
 from .compiler import Compiler
@@ -64,6 +65,7 @@ class Admission:
         self.cards = read_cards(settings.classifiers)
         self.adapters = Adapters(self.config)
         self.block_sizes = settings.block_sizes
+        self.slots_ahead = slots_ahead(self.config)
         self.use(settings.load_presets())
 
     @property
@@ -146,8 +148,7 @@ class Admission:
         member_of = [members.setdefault(key, len(members)) for key in keys]
         constituents = [model for model, _, _ in members]
         (leader, leaders_adapter), *followers = ((list(ids), adapter) for _, adapter, ids in members)
-        ahead = drafts.lengths[-1] if drafts else 0
-        self._check_size([len(ids) for _, _, ids in members], constituents, max_tokens, ahead)
+        self._check_size([len(ids) for _, _, ids in members], constituents, max_tokens)
         constraints = asked.constraints.to_dict() if asked.constraints else None
         if constraints and self.config.model_config.skip_tokenizer_init:
             refuse("constraints are on text, and this server has no tokenizer")
@@ -216,9 +217,7 @@ class Admission:
             )
         return classifier_term(name, term, self.cards[term.classifier], prefix)
 
-    def _check_size(
-        self, lengths: list[int], constituents: list[int], max_tokens: int | None, ahead: int
-    ) -> None:
+    def _check_size(self, lengths: list[int], constituents: list[int], max_tokens: int | None) -> None:
         """Refuses a group that this engine could never hold."""
         config = self.config
         rows = config.scheduler_config.max_num_seqs
@@ -236,7 +235,7 @@ class Admission:
         total, limit = sum(lengths), self.limits.max_prompt_tokens
         if limit is not None and total > limit:
             refuse(f"the terms' prompts have {total} tokens together; this server accepts {limit}", "size")
-        room = self.room(lengths, constituents, ahead)
+        room = self.room(lengths, constituents)
         wanted = 1 if max_tokens is None else min(max_tokens, context - max(lengths))
         if room is not None and room < wanted:
             fit = f"at most {room}" if room > 0 else "none"
@@ -246,9 +245,9 @@ class Admission:
                 "size",
             )
 
-    def room(self, lengths: list[int], constituents: list[int], ahead: int) -> int | None:
+    def room(self, lengths: list[int], constituents: list[int]) -> int | None:
         """Tokens that a group of these prompt lengths, on these constituents, can generate in the whole KV
-        cache when it drafts so many ahead."""
+        cache."""
         cache, parallel = self.config.cache_config, self.config.parallel_config
         if not cache.num_gpu_blocks:
             return None
@@ -257,7 +256,7 @@ class Admission:
         sizes = [self.block_sizes[j] if self.block_sizes else cache.block_size for j in constituents]
 
         def needed(num_generated: int) -> int:
-            tokens = num_generated + ahead
+            tokens = num_generated + self.slots_ahead
             return sum(cdiv(n + tokens, size) for n, size in zip(lengths, sizes, strict=True))
 
         low, high = 0, self.config.model_config.max_model_len
@@ -307,7 +306,7 @@ class Admission:
             refuse("only the server's completions and chat explain their tokens")
         lengths = [len(leader), *map(len, spec.prompts)]
         limits = [params.max_tokens, self.config.model_config.max_model_len - max(lengths)]
-        room = self.room(lengths, spec.members, max(spec.draft_lengths, default=0))
+        room = self.room(lengths, spec.members)
         params.max_tokens = min([*limits, room] if room is not None else limits)
         spec = replace(spec, explain=engine_input.get(EXPLAIN, ""))
         params.extra_args = {**params.extra_args, KEY: spec.to_wire()}
