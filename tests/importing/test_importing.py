@@ -24,6 +24,7 @@ from tests.support.saved_formulas import (
 )
 from vllm_marith import Presets, Term
 from vllm_marith.importing import preset_name, read_saved
+from vllm_marith.plan import Speculation, speculate
 
 A, B, M = model("A"), model("B"), plain()
 CHILD, ADULT, MAGIC, TOXIC, NONE = model("child"), model("adult"), model("magic"), model("toxic"), plain()
@@ -80,7 +81,12 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-TERMS = {"a": Term(prompt="A\n{input}"), "b": Term(prompt="B\n{input}"), "base": Term()}
+TERMS = {
+    "a": Term(prompt="A\n{input}"),
+    "b": Term(prompt="B\n{input}"),
+    "base": Term(),
+    "ngram": Term(model="ngram"),
+}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,7 @@ TERMS = {"a": Term(prompt="A\n{input}"), "b": Term(prompt="B\n{input}"), "base":
         ),
         (superseded(A, B) + 0.5 * M, "superseded(a, b) + 0.5*base"),
         (superseded(A, B + M), "superseded(a, b + base)"),
-        (superseded(autocomplete(), B) + 0.5 * M, "b + 0.5*base"),
+        (superseded(autocomplete(), B) + 0.5 * M, "superseded(ngram, b) + 0.5*base"),
         (
             self_debias(superseded(A, B), top_p_top_k(M, top_k=5), 50),
             "self_debias(superseded(a, b), topk(base, 5), 50)",
@@ -216,9 +222,24 @@ def test_classifiers(tmp_path):
 
 
 def test_factors_that_nothing_drafts_for():
-    imported = read_saved(superseded(autocomplete(), plain(factor=4)).text())
-    assert dict(imported.formula.terms) == {"base": Term()}
+    imported = read_saved((plain(factor=4) + 0.5 * model("B", factor=2)).text())
+    assert {term.speculative_factor for term in imported.formula.terms.values()} == {1}
     assert any("none could draft" in note for note in imported.notes)
+
+
+def test_n_grams_draft_where_an_autocomplete_did(tmp_path):
+    imported = read_saved((superseded(autocomplete(), plain(factor=4)) + 0.5 * model("B", factor=9)).text())
+    formula = reloaded(imported, tmp_path)
+    assert formula.terms["ngram"] == Term(model="ngram")
+    assert {name: term.speculative_factor for name, term in formula.terms.items()} == {
+        "base": 4,
+        "ngram": 1,
+        "b": 9,
+    }
+    speculation = speculate(formula)
+    assert isinstance(speculation, Speculation)
+    assert (speculation.ngram, speculation.lengths) == (True, (3, 8))
+    assert any("drafts from a corpus" in note for note in imported.notes)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any, Final
 import yaml
 
 from vllm_marith.importing.saved import Saved, SavedFormulaError, read_file
-from vllm_marith.importing.terms import Source, name_terms
+from vllm_marith.importing.terms import NGRAMS, Source, name_terms
 from vllm_marith.importing.translation import Translation
 from vllm_marith.language.algebra import distributions, simplify, weight_bounds
 from vllm_marith.language.checks import SMALLEST_N
@@ -128,6 +128,6 @@ def _normalize(whole: Saved, root: Node) -> Normalize:
 
 def _model_of_leader(root: Node, sources: Mapping[str, Source]) -> str | None:
     for name in Formula(root, {key: source.term for key, source in sources.items()}).terms:
-        if not sources[name].is_classifier:
+        if sources[name] != NGRAMS and not sources[name].is_classifier:
             return sources[name].model
     return None

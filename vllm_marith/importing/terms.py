@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from vllm_marith.importing.saved import Saved
 from vllm_marith.language.expression import Term
-from vllm_marith.language.names import BASE, FUNCTIONS, UNIFORM
+from vllm_marith.language.names import BASE, FUNCTIONS, NGRAM, UNIFORM
 from vllm_marith.language.validation import shown
 
 # What every model of the reference is saved with that says how it ran there, and not what it computes.
@@ -40,6 +40,10 @@ class Source:
     term: Term
     system: str
     is_classifier: bool
+
+
+NGRAMS: Final = Source(None, Term(model=NGRAM), "", False)
+"""What drafts where the reference has an Autocomplete."""
 
 
 def language_model(saved: Saved) -> Source:
@@ -136,7 +140,7 @@ def name_terms(sources: Mapping[str, Source], base: str | None, taken: Iterable[
                 names[name] = found
                 break
         else:
-            own = BASE if term == Term() else _unique(_identifier(source, server_name), [*reserved, *terms])
+            own = BASE if term == Term() else _unique(_identifier(source, server_name or term.model), [*reserved, *terms])
             names[name], terms[own] = own, term
     return Named(terms, names, notes)
 
@@ -147,10 +151,10 @@ def _server_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", last).lstrip(".")[:_NAME_LENGTH] or "model"
 
 
-def _identifier(source: Source, server_name: str | None) -> str:
+def _identifier(source: Source, model: str | None) -> str:
     """A word for a term: of its system prompt, or else of its model."""
     words = re.findall(r"[a-z0-9]+", source.system.lower()) or re.findall(
-        r"[a-z0-9]+", (server_name or "plain").lower()
+        r"[a-z0-9]+", (model or "plain").lower()
     )
     name = "_".join(words[:_NAME_WORDS])[:_NAME_LENGTH].strip("_")
     return name if name and not name[0].isdigit() else f"term_{name}".rstrip("_")

@@ -12,7 +12,7 @@ from functools import reduce
 from typing import Final
 
 from vllm_marith.importing.saved import MAX_DEPTH, Saved
-from vllm_marith.importing.terms import PROMPT, RUNNING, Source, classifier, language_model
+from vllm_marith.importing.terms import NGRAMS, PROMPT, RUNNING, Source, classifier, language_model
 from vllm_marith.language import building
 from vllm_marith.language.algebra import simplify, weight_bounds, without_classifiers
 from vllm_marith.language.nodes import (
@@ -33,8 +33,8 @@ from vllm_marith.language.validation import did_you_mean, shown
 _REFUSED: Final = {
     "Abs": "Abs has no counterpart; max(f, -f) has the same energy and another weight",
     "Autocomplete": (
-        "an Autocomplete predicts one token with certainty; it is left out where it drafts, as the first "
-        "operand of a Superseded, and has no counterpart elsewhere"
+        "an Autocomplete predicts one token with certainty; n-grams take its place where it drafts, as the "
+        "first operand of a Superseded, and it has no counterpart elsewhere"
     ),
     "Functional": "a Functional holds pickled code, which is never loaded",
     "HardConstraint": "a HardConstraint takes back text that is written already and is no part of a formula",
@@ -187,16 +187,18 @@ class Translation:
         saved.only("from_formula", "by_formula")
         by, small = self._inner(saved, "by_formula", depth), saved.operand("from_formula")
         drafts_alone = isinstance(small, Saved) and small.kind == "Autocomplete"
-        from_ = None if drafts_alone else self._node(small, depth)
-        weight = 1.0 if from_ is None else _weight(from_)
+        from_ = self._leaf(NGRAMS) if drafts_alone else self._node(small, depth)
+        weight = 1.0 if drafts_alone else _weight(from_)
         if saved is not self._whole and (weight is None or weight != _weight(by)):
             raise saved.refusal(
                 "the operands of Superseded differ in weight; the reference gives the value of one the "
                 "weight of the other, which is only translated for a whole formula, where no weight is left"
             )
-        if from_ is None:
-            self._note("An Autocomplete, which only drafts, is left out.")
-            return by
+        if drafts_alone:
+            self._note(
+                "An Autocomplete drafts from a corpus; here what followed the same tokens in prompt and "
+                "answer does, on a server that speculates."
+            )
         return building.superseded(from_, by)
 
     # -- models -------------------------------------------------------------------------------------------
