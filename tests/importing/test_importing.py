@@ -232,7 +232,7 @@ def test_n_grams_draft_where_an_autocomplete_did(tmp_path):
     formula = reloaded(imported, tmp_path)
     assert formula.terms["ngram"] == Term(model="ngram")
     assert {name: term.speculative_factor for name, term in formula.terms.items()} == {
-        "base": 4,
+        "plain": 4,
         "ngram": 1,
         "b": 9,
     }

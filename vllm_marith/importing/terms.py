@@ -140,7 +140,8 @@ def name_terms(sources: Mapping[str, Source], base: str | None, taken: Iterable[
                 names[name] = found
                 break
         else:
-            own = BASE if term == Term() else _unique(_identifier(source, server_name or term.model), [*reserved, *terms])
+            own = _identifier(source, server_name or term.model)
+            own = BASE if term == Term() else _unique(own, [*reserved, *terms])
             names[name], terms[own] = own, term
     return Named(terms, names, notes)
 
