@@ -161,18 +161,12 @@ def main() -> None:
             count += len(output.outputs[0].token_ids)
         seconds = time.perf_counter() - start
         core, worker = llm.collective_rpc(FIGURES)
-        # One term without drafts is a plain request, whose steps are its tokens.
-        steps = sum(n for _, n in core["steps"]) or count
         drafted, accepted = (sum(n for _, n in core[name]) for name in ("drafted", "accepted"))
-        drafting = dict(worker["drafting"])
-        large = sum(name in ("m", *ATTRIBUTES) for name in formula.terms)
-        small = int("s" in formula.terms and bool(drafted))
-        return (
-            seconds / count,
-            (steps * large + drafting.get(0, 0)) / count,
-            (steps * small + drafting.get(1, 0)) / count,
-            accepted / drafted if drafted else 0.0,
-        )
+        calls = {"base": 0, "small": 0}
+        for (_, model), number in [*core["calls"], *worker["calls"]]:
+            calls[model] += number
+        kept = accepted / drafted if drafted else 0.0
+        return seconds / count, calls["base"] / count, calls["small"] / count, kept
 
     rows = []
     print(f"{'formula':38} {'calls of M / token':>22} {'ms / token':>20} {'faster':>7} {'kept':>5}   paper")

@@ -18,6 +18,7 @@ from tests.support import constituents as several
 from tests.support import engines, exactness, reference, workload
 from tests.support.statistics import CLEARLY_WRONG, SIGNIFICANCE, chi_square
 from vllm_marith import Formula
+from vllm_marith.engine.group import FIGURES
 
 LENGTH = 32
 SEED = 3
@@ -299,3 +300,30 @@ def test_vllm_counts_a_group_once(llm: Any, monkeypatch: pytest.MonkeyPatch) -> 
     drafted, accepted = drafts(llm)
     assert sum(number for number, _ in counted) == drafted > 0
     assert sum(number for _, number in counted) == accepted
+
+
+def test_calls_are_counted_by_model(llm: Any) -> None:
+    """A drafting model runs for each token that it drafts, and with the others in every step."""
+    job = one("a small model drafts")
+    models = {term.model or "base" for term in job.formula.terms.values()}
+    count = 24
+
+    def calls(speculative: int | str) -> tuple[Counter[str], int, int]:
+        llm.collective_rpc(FIGURES)
+        # Of one token, every draft stands.
+        asked = dict(temperature=0, allowed_token_ids=[300], max_tokens=count, ignore_eos=True)
+        generate(llm, job, speculative=speculative, **asked)
+        core, worker = llm.collective_rpc(FIGURES)
+        found: Counter[str] = Counter()
+        for (_, name), number in [*core["calls"], *worker["calls"]]:
+            found[name] += number
+        return found, sum(n for _, n in core["steps"]), sum(n for _, n in core["drafted"])
+
+    plain, _, _ = calls("off")
+    (large,) = plain
+    assert plain[large] == count
+    found, steps, drafted = calls(3)
+    assert found.keys() == models
+    (small,) = models - {large}
+    assert found[large] == steps < count / 2
+    assert found[small] >= steps + drafted  # what was drafted last need not have been checked

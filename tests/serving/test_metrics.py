@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from vllm_marith.engine.core.figures import CoreFigures
-from vllm_marith.engine.group import FIGURES, Cause
+from vllm_marith.engine.group import FIGURES, Cause, GroupSpec
 from vllm_marith.engine.worker.figures import ClassifierFigures, WorkerFigures
 from vllm_marith.serving import metrics as metrics_module
 
@@ -26,13 +26,14 @@ CORE = {
     "fused_rows": [(6, 10)],
     "tokens": [("custom", 7), ("steer", 50)],
     "steps": [("steer", 20)],
+    "calls": [(("steer", "base"), 20), (("steer", "mild"), 20)],
     "drafted": [("steer", 60)],
     "accepted": [("steer", 30)],
 }
 READ: dict[str, Any] = {"texts": 40, "hits": 5, "batches": 2, "seconds": 0.125}
 WORKERS: list[dict[str, Any]] = [
-    {"fusion_seconds": 0.5, "classifiers": {"tone": READ}},
-    {"fusion_seconds": 0.25, "classifiers": {"tone": READ}},
+    {"fusion_seconds": 0.5, "calls": [(("steer", "mild"), 60)], "classifiers": {"tone": READ}},
+    {"fusion_seconds": 0.25, "calls": [(("steer", "mild"), 60)], "classifiers": {"tone": READ}},
 ]
 
 
@@ -82,6 +83,8 @@ def test_a_scrape_asks_every_engine(http: TestClient) -> None:
         assert found[f'classifier_{what}_total{{classifier="tone",engine="0"}}'] == value
     assert found['generation_tokens_total{engine="0",formula="steer"}'] == 50
     assert found['formula_steps_total{engine="0",formula="steer"}'] == 20
+    assert found['term_calls_total{engine="0",formula="steer",term="base"}'] == 20
+    assert found['term_calls_total{engine="0",formula="steer",term="mild"}'] == 80
     assert found['draft_tokens_total{engine="0",formula="steer"}'] == 60
     assert found['accepted_draft_tokens_total{engine="0",formula="steer"}'] == 30
     again = scrape(http)
@@ -132,24 +135,32 @@ def test_refusals_are_counted_by_reason(http: TestClient) -> None:
 
 def test_the_core_counts_and_forgets() -> None:
     figures = CoreFigures()
-    figures.arrive("r1", 3, "steer")
-    figures.arrive("r2", 1, "custom")
+    figures.arrive("r1", GroupSpec([[1], [2]], "", label="steer", names=["base", "mild", "late"]))
+    figures.arrive("r2", GroupSpec([], ""))
+    figures.arrive("r3", GroupSpec([], "", names=["base"]), alone=True)
     figures.step("r1")
     figures.step("r1")
     figures.check("r1", 5, 3)
     figures.check("plain", 4, 4)
     figures.end("plain", 100)
     figures.end("r1", 7)
+    figures.end("r3", 5)
     figures.fused_rows[3] += 7
     figures.failed[Cause.TORN] += 1
     first = figures.drain()
     assert first == {
-        "members": [(1, 1), (3, 1)],
+        "members": [(1, 2), (3, 1)],
         "fused_rows": [(3, 7)],
-        "tokens": [("steer", 7)],
+        "tokens": [("custom", 5), ("steer", 7)],
         "preempted": 0,
         "failed": [("torn", 1)],
-        "steps": [("steer", 2)],
+        "steps": [("custom", 5), ("steer", 2)],
+        "calls": [
+            (("custom", "base"), 5),
+            (("steer", "base"), 2),
+            (("steer", "late"), 2),
+            (("steer", "mild"), 2),
+        ],
         "drafted": [("steer", 5)],
         "accepted": [("steer", 3)],
     }
@@ -164,9 +175,9 @@ def test_the_worker_times_the_fusion() -> None:
     with pytest.raises(RuntimeError, match="fails"), figures.fusing():
         raise RuntimeError("fails")
     assert figures.drain()["fusion_seconds"] > 0
-    figures.drafting[1] += 3
-    assert figures.drain()["drafting"] == [(1, 3)]
-    assert figures.drain() == {"fusion_seconds": 0.0, "drafting": [], "classifiers": {}}
+    figures.calls["steer", "mild"] += 3
+    assert figures.drain()["calls"] == [(("steer", "mild"), 3)]
+    assert figures.drain() == {"fusion_seconds": 0.0, "calls": [], "classifiers": {}}
 
 
 def test_the_worker_counts_for_its_classifiers() -> None:

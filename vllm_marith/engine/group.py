@@ -113,7 +113,8 @@ class GroupSpec:
         routine: what a worker does with the members' logits, see `vllm_marith.plan.encode`; member i is
             row i.
         classifiers: the classifier terms that the routine counts.
-        label: under which the core's figures count this request: the preset's name.
+        label: under which figures count this request: the preset's name.
+        names: under which they count each member's calls: a preset's terms, or the models of other formulas.
         explain: key under which workers keep the terms' log-probabilities; empty for none.
         scored: whether the formula's log-probabilities of the leader's prompt are asked for; every member's
             prompt then ends with the leader's but for its first token.
@@ -137,6 +138,7 @@ class GroupSpec:
     routine: str
     classifiers: list[ClassifierTerm] = field(default_factory=list)
     label: str = OWN_FORMULA
+    names: list[str] = field(default_factory=list)
     explain: str = ""
     scored: bool = False
     constraints: dict[str, Any] | None = None
@@ -166,6 +168,7 @@ class GroupSpec:
             self,
             prompts=self.prompts[: kept - 1],
             routine=routine,
+            names=self.names[:kept],
             adapters=self.adapters[: kept - 1],
             constituents=self.constituents[:kept],
             drafts=[],
@@ -199,7 +202,7 @@ class MemberTag:
         banned_at: ... when its sequence, prompt included, has this length.  For the V2 model runner, which
             is sent the tag again after every preemption; see `BANS` for the other.
         constituent: the number of the base model that the member runs on.
-        drafter, drafts, draft_lengths: as in `GroupSpec`; empty for followers.
+        label, names: as in `GroupSpec`, where the group drafts; empty for followers.
     """
 
     group: str
@@ -217,6 +220,8 @@ class MemberTag:
     draft_lengths: list[int] = field(default_factory=list)
     drafter: Drafter = ""
     adaptive: bool = False
+    label: str = ""
+    names: list[str] = field(default_factory=list)
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)
@@ -247,6 +252,8 @@ def member_tags(group: str, spec: GroupSpec, prompt_length: int) -> list[MemberT
         draft_lengths=spec.draft_lengths,
         drafter=spec.drafter,
         adaptive=spec.adaptive,
+        label=spec.label if spec.drafter else "",
+        names=spec.names if spec.drafter else [],
     )
     told = prompt_length if spec.scored else 0
     followers = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -84,13 +85,16 @@ class Metrics:
         )
         self.steps = Counter(
             "vllm_marith:formula_steps",
-            "Steps of formulas on a server that speculates: each term of the formula ran once in each.",
+            "Steps of formulas on a server that speculates.",
             [*_ENGINE, "formula"],
         )
+        self.calls = Counter(
+            "vllm_marith:term_calls",
+            "Forward passes of their terms; of formulas other than presets, by model.",
+            [*_ENGINE, "formula", "term"],
+        )
         self.drafted = Counter(
-            "vllm_marith:draft_tokens",
-            "Tokens that formulas drafted: the drafting terms ran once more for each.",
-            [*_ENGINE, "formula"],
+            "vllm_marith:draft_tokens", "Tokens that formulas drafted.", [*_ENGINE, "formula"]
         )
         self.accepted = Counter(
             "vllm_marith:accepted_draft_tokens", "Those of them that stood.", [*_ENGINE, "formula"]
@@ -129,6 +133,9 @@ class Metrics:
         ):
             for formula, number in core[name]:
                 by_formula.labels(label, formula).inc(number)
+        # A term runs with the others in every step, which the core counts, and to draft, as a worker counts.
+        for (formula, term), number in chain(core["calls"], workers[0]["calls"] if workers else ()):
+            self.calls.labels(label, formula, term).inc(number)
         # Tensor-parallel workers fuse the same rows at the same time.
         if workers:
             self.fusion_seconds.labels(label).inc(workers[0]["fusion_seconds"])

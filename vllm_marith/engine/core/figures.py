@@ -12,10 +12,16 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import patches
-from ..group import FIGURES
+from ..group import FIGURES, GroupSpec
+
+
+class _Counted(NamedTuple):
+    label: str
+    names: tuple[str, ...]
+    alone: bool
 
 
 class CoreFigures:
@@ -27,13 +33,14 @@ class CoreFigures:
         tokens: generated tokens by label, counted when a request ends.
         preempted: groups that were preempted.
         failed: requests with a formula that ended with an error, by `Cause`.
-        steps: where formulas may draft, their steps by label: in each, every term that counts runs once.
-        drafted: tokens that partial formulas proposed, by label: for each, the drafting terms ran once more.
+        steps: where formulas may draft, their steps by label.
+        calls: likewise, calls of members, by label and the member's name; a worker adds those of drafting.
+        drafted: tokens that partial formulas proposed, by label.
         accepted: those of them that stood.
     """
 
     def __init__(self) -> None:
-        self._labels: dict[str, str] = {}  # living requests with a formula
+        self._living: dict[str, _Counted] = {}  # requests with a formula
         self._reset()
 
     def _reset(self) -> None:
@@ -42,31 +49,39 @@ class CoreFigures:
         self.tokens: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.steps: Counter[str] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
         self.drafted: Counter[str] = Counter()
         self.accepted: Counter[str] = Counter()
         self.preempted = 0
 
-    def arrive(self, request_id: str, members: int, label: str) -> None:
-        """A request with a formula has come."""
-        self._labels[request_id] = label
-        self.members[members] += 1
+    def arrive(self, request_id: str, spec: GroupSpec, alone: bool = False) -> None:
+        """A request with a formula has come; alone, it is scheduled as any other: a token in every step."""
+        self._living[request_id] = _Counted(spec.label, tuple(spec.names), alone)
+        self.members[spec.size] += 1
 
     def end(self, request_id: str, tokens: int) -> None:
         """A request has ended; nothing if it has no formula."""
-        label = self._labels.pop(request_id, None)
-        if label is not None:
-            self.tokens[label] += tokens
+        counted = self._living.get(request_id)
+        if counted is None:
+            return
+        if counted.alone and counted.names:
+            self.step(request_id, tokens)
+        self.tokens[counted.label] += tokens
+        del self._living[request_id]
 
-    def step(self, request_id: str) -> None:
-        """A request's group took a step that gives tokens."""
-        self.steps[self._labels[request_id]] += 1
+    def step(self, request_id: str, steps: int = 1) -> None:
+        """A request's members took steps that give tokens."""
+        counted = self._living[request_id]
+        self.steps[counted.label] += steps
+        for name in counted.names:
+            self.calls[counted.label, name] += steps
 
     def check(self, request_id: str, drafted: int, accepted: int) -> None:
         """A request's drafts were checked."""
-        label = self._labels.get(request_id)
-        if label is not None:
-            self.drafted[label] += drafted
-            self.accepted[label] += accepted
+        counted = self._living.get(request_id)
+        if counted is not None:
+            self.drafted[counted.label] += drafted
+            self.accepted[counted.label] += accepted
 
     def drain(self) -> dict[str, Any]:
         """The counts as plain data, which start again at zero."""
@@ -77,6 +92,7 @@ class CoreFigures:
             "preempted": self.preempted,
             "failed": sorted(self.failed.items()),
             "steps": sorted(self.steps.items()),
+            "calls": sorted(self.calls.items()),
             "drafted": sorted(self.drafted.items()),
             "accepted": sorted(self.accepted.items()),
         }

@@ -70,8 +70,9 @@ class GroupLifecycle(_Base):
             return
 
         spec = self._with_drafts_that_pay(GroupSpec.from_wire(wire))
-        self.figures.arrive(request.request_id, spec.size, spec.label)
-        if spec.size == 1 and spec.constraints is None and not spec.drafter:  # nothing to keep together
+        alone = spec.size == 1 and spec.constraints is None and not spec.drafter  # nothing to keep together
+        self.figures.arrive(request.request_id, spec, alone)
+        if alone:
             build_group(request, spec, request.max_tokens)
             super().add_request(request)
             return

@@ -6,7 +6,7 @@ hears of the request: what the engine core receives is known to parse, to render
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -16,10 +16,11 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.math_utils import cdiv
 
 from vllm_marith.language import Formula, FormulaError, Presets, Term
+from vllm_marith.language.names import BASE
 from vllm_marith.plan import Plan, encode
 
 from ..classifiers import read_cards
-from ..group import EXPLAIN, KEY, ClassifierTerm, GroupSpec
+from ..group import EXPLAIN, KEY, OWN_FORMULA, ClassifierTerm, GroupSpec
 from ..settings import Settings
 from ..speculation import slots_ahead
 from .adapters import Adapters, to_wire
@@ -159,6 +160,7 @@ class Admission:
             encode(plan, member_of),
             [self._classifier(engine_input, name, formula.terms[name]) for name in plan.classifiers],
             label,
+            _names(terms, member_of, label) if self.settings.speculates else [],
             scored=scored,
             constraints=constraints,
             adapters=[to_wire(adapter) for _, adapter in followers],
@@ -312,6 +314,14 @@ class Admission:
         params.extra_args = {**params.extra_args, KEY: spec.to_wire()}
         request.prompt_token_ids = leader
         request.lora_request = admitted.adapter
+
+
+def _names(terms: Mapping[str, Term], member_of: Sequence[int], label: str) -> list[str]:
+    """What figures call each member: labels must be few, so that only the terms of presets have their own."""
+    names: dict[int, str] = {}
+    for (name, term), member in zip(terms.items(), member_of, strict=True):
+        names.setdefault(member, name if label != OWN_FORMULA else term.model or BASE)
+    return [names[member] for member in sorted(names)]
 
 
 def _check_scored(formula: Formula, plan: Plan, prompts: list[list[int]]) -> None:

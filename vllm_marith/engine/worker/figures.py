@@ -40,13 +40,13 @@ class WorkerFigures:
     Attributes:
         fusion_seconds: the host's time in the fusion.  On a CPU that is the fusion; on a GPU it is the
             launching of its kernels, which run while the host goes on.  Classifiers are part of it.
-        drafting: by constituent, how often one of its rows was run while formulas drafted.
+        calls: of members while formulas drafted, by the formula's label and the member's name.
         classifiers: by name; whoever runs one counts in its figures.
     """
 
     def __init__(self) -> None:
         self.fusion_seconds = 0.0
-        self.drafting: Counter[int] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
         self.classifiers: dict[str, ClassifierFigures] = {}
 
     @contextmanager
@@ -61,10 +61,10 @@ class WorkerFigures:
     def drain(self) -> dict[str, Any]:
         """The counts as plain data, which start again at zero."""
         seconds, self.fusion_seconds = self.fusion_seconds, 0.0
-        drafting = sorted(self.drafting.items())
-        self.drafting.clear()
+        calls = sorted(self.calls.items())
+        self.calls.clear()
         read = {name: figures.drain() for name, figures in self.classifiers.items()}
-        return {"fusion_seconds": seconds, "drafting": drafting, "classifiers": read}
+        return {"fusion_seconds": seconds, "calls": calls, "classifiers": read}
 
 
 FIGURES = WorkerFigures()

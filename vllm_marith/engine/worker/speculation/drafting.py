@@ -11,6 +11,7 @@ import torch
 
 from vllm_marith.plan import Routine
 
+from ..figures import FIGURES
 from ..pipelines import pipeline_of, routine_of
 from ..rows import JointGroup
 from .dice import Dice
@@ -198,11 +199,14 @@ class Drafter:
         pipelines, batch_rows, leaders, ahead = [], [], [], []
         total = 0
         for line, first in zip(lines, known, strict=True):
-            routine = routine_of(line.group.tag.drafts[level])
+            tag = line.group.tag
+            routine = routine_of(tag.drafts[level])
             tokens = torch.cat([line.last, *line.tokens])[first:]
             places = {}
             for member in members_of(routine):
                 places[member] = total
+                if tag.names:
+                    FIGURES.calls[tag.label, tag.names[member]] += 1
                 rows.append(line.group.rows[member])
                 firsts.append(line.lengths[member] - 1 + first)
                 counts.append(len(tokens))
@@ -210,7 +214,7 @@ class Drafter:
                 total += len(tokens)
             for offset in range(len(tokens)):
                 dials = line.group.schedules(routine, line.lengths[0], first + offset)
-                pipelines.append(pipeline_of(line.group.tag.drafts[level], dials))
+                pipelines.append(pipeline_of(tag.drafts[level], dials))
                 # A row that the routine does not read stands for itself.
                 some = min(places.values())
                 batch_rows.append([places.get(m, some) + offset for m in range(routine.terms)])

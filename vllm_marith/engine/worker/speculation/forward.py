@@ -13,7 +13,6 @@ from vllm.forward_context import set_forward_context
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from ..constituents.models import Constituents
-from ..figures import FIGURES
 
 
 class MemberForward(ABC):
@@ -118,7 +117,6 @@ class MemberForward(ABC):
                 made = attention.build_metadata(batch)
                 metadata.update(dict.fromkeys(attention.layer_names, made))
             slots_of.update(dict.fromkeys(spec.layer_names, slots))
-        FIGURES.drafting[j] += len(rows)
         self._activate_adapters(j, rows, count)
         context = set_forward_context(
             metadata,
