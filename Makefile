@@ -1,6 +1,7 @@
 # setup  a working vLLM with this package in .venv/ (idempotent; every other target runs it first)
 # demo   the same request plain, prompted and under formulas, side by side
 # test   everything that CI runs
+# test-ray  formulas over several engines and nodes, with the tests that are too long for `test`
 # lint   ruff and mypy
 # bench  cost and throughput of formulas, and of the kernels alone, measured here
 # eval   what formulas do to texts, measured here, with a report; EVAL_ARGS=--quick for a sixth of the texts
@@ -10,7 +11,7 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup demo test lint bench eval fuzz soak check-vllm
+.PHONY: setup demo test test-ray lint bench eval fuzz soak check-vllm
 
 setup:
 	@scripts/setup
@@ -22,6 +23,9 @@ demo: setup
 TEST_PROCESSES ?= 2
 test: setup
 	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+test-ray: setup
+	@$(PYTHON) -m pytest --several tests/distributed $(PYTEST_ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

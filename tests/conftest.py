@@ -13,6 +13,17 @@ engines.prepare_environment()
 torch.set_num_threads(1)  # models this small lose more by sharing work than they win
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--several", action="store_true", help="also tests that start several engines or nodes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--several"):
+        for item in items:
+            if item.get_closest_marker("several"):
+                item.add_marker(pytest.mark.skip(reason="starts several engines: `make test-ray` runs it"))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama; see `tests.support.tiny`."""

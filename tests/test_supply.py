@@ -23,6 +23,8 @@ FORBIDDEN = {
 ALLOWED = {
     ("vllm_marith/chat.py", "urllib"): "a client of the server that its user names",
     ("vllm_marith/cli.py", "subprocess"): "`marith bench` runs a script of the repository",
+    ("vllm_marith/distributed/deploy.py", "urllib"): "splits the address of the cluster that its user names",
+    ("vllm_marith/distributed/everywhere.py", "httpx"): "asks the application of its own process, no socket",
     (
         "vllm_marith/engine/classifiers.py",
         "huggingface_hub",

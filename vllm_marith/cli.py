@@ -27,6 +27,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_marith import cli_distributed
+from vllm_marith.distributed.errors import DeploymentError
 from vllm_marith.importing import SavedFormulaError, preset_name, read_saved
 from vllm_marith.language import Formula, FormulaError, PresetError, Presets, parse_request
 from vllm_marith.models import ARTEFACTS, ModelsError, Paths, default_home, ensure
@@ -58,7 +60,7 @@ def main() -> None:
     """Entry point of the `marith` script."""
     try:
         app(prog_name="marith")
-    except (UserError, FormulaError, PresetError, ModelsError) as error:
+    except (UserError, DeploymentError, FormulaError, PresetError, ModelsError) as error:
         print(f"marith: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -318,6 +320,10 @@ def eval_(
         raise UserError(f"{error.filename} cannot be written: {error.strerror}") from None
     Console().print(summary(parts), highlight=False, markup=False)
     print(f"\nThe report: {report}")
+
+
+app.command(context_settings=cli_distributed.PASS_ON)(cli_distributed.deploy)
+app.command()(cli_distributed.plan)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""Ray: engines over several machines, and replicas of a server behind one address."""
