@@ -19,6 +19,8 @@ from vllm.exceptions import VLLMValidationError
 from tests.support import asynchronous, engines, exactness, reference, runners, tiny, workload
 from tests.support import constituents as several
 from vllm_marith import Formula, Presets
+from vllm_marith.distributed.capacity import groups_that_fit
+from vllm_marith.distributed.model_facts import model_facts
 from vllm_marith.engine.core import capacity
 from vllm_marith.models.store import Paths, default_home, is_made
 
@@ -250,6 +252,10 @@ def test_the_start_says_what_fits(
     assert (
         "preset steered: 2 members; the KV cache holds 4 such groups of 512 tokens, a step's rows 4" in said
     )
+    # `marith plan` finds the same on paper.
+    facts = [model_facts(path, "float32") for path in (base, constituents["small"])]
+    assert [model.token_bytes for model in facts] == [2560, 512]
+    assert groups_that_fit(101, 512, [32, 64]) == 4
 
 
 def test_an_abort_returns_every_block(models: tuple[str, dict[str, str]]) -> None:
