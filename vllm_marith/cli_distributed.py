@@ -113,7 +113,7 @@ def deploy(
         f"\n'{name}' answers at {state.url}/v1, its page at {state.url}/marith/\n"
         f"  status  serve status {address}\n"
         f"  change  the same command again; replicas finish what they have accepted, for up to {drain:g} s\n"
-        f"  end     serve shutdown -y {address}    (all applications of the cluster; finishes likewise)"
+        f"  end     serve shutdown -y {address}    (all applications of the cluster)"
     )
 
 
