@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .drafting import Drafts, Turn
 from .scenario import Scenario, ScenarioError
 from .statistics import Texts
 
@@ -48,6 +49,7 @@ class Results:
 
     Attributes:
         arms: key -> texts.
+        drafts: key -> turns, of the arms that are timed with and without drafts.
         real: label of the scenario's `reference` axis -> real texts of that kind.
         about: machine, versions, when and how long.
     """
@@ -56,6 +58,7 @@ class Results:
     seeds: tuple[int, ...]
     samples: int
     arms: dict[str, Measured]
+    drafts: dict[str, Drafts] = field(default_factory=dict)
     real: dict[str, Measured] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -88,6 +91,7 @@ class Results:
             "scenario": self.scenario.model_dump(),
             "real": {kind: dataclasses.asdict(real) for kind, real in self.real.items()},
             "arms": {key: dataclasses.asdict(arm) for key, arm in self.arms.items()},
+            "drafts": {key: dataclasses.asdict(drafts) for key, drafts in self.drafts.items()},
         }
         path.write_text(json.dumps(content, indent=0), encoding="utf-8")
 
@@ -105,6 +109,7 @@ class Results:
                 seeds=tuple(content["seeds"]),
                 samples=content["samples"],
                 arms={key: Measured(**arm) for key, arm in content["arms"].items()},
+                drafts={key: _drafts(**drafts) for key, drafts in content["drafts"].items()},
                 real={kind: Measured(**real) for kind, real in content["real"].items()},
                 about=content["about"],
             )
@@ -112,6 +117,10 @@ class Results:
             raise ScenarioError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError):
             raise ScenarioError(f"{path} holds no results of `marith eval`") from None
+
+
+def _drafts(turns: dict[str, list[dict[str, Any]]], **others: Any) -> Drafts:
+    return Drafts(turns={mode: [Turn(**turn) for turn in found] for mode, found in turns.items()}, **others)
 
 
 def hits_by_seed(measured: Measured, axis: str, label: str, seeds: Sequence[int]) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ from .sections import arms
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from .drafting import Drafts
     from .judging import Labeller
     from .writing import Writer, Written
 
@@ -33,6 +34,11 @@ class Sizes:
 
     samples: int
     seeds: tuple[int, ...] = (0, 1, 2)
+
+    @property
+    def turns(self) -> int:
+        """Timed texts for each arm with drafts.  With six, the median lies between the extremes, at 95%."""
+        return max(6, self.samples * len(self.seeds) // 16)
 
 
 def evaluate(
@@ -62,22 +68,27 @@ def evaluate(
             reason = " ".join(str(error).split())
             raise ScenarioError(f"the engine does not start: {reason[:400]}") from error
     console.print(f"vLLM started in {time.monotonic() - started:.0f} s.", highlight=False)
-    measured = _write(writer, readers, wanted, sizes, console)
+    measured, drafts = _write(writer, readers, wanted, sizes, console)
     real = readers.real(scenario, sizes.samples * len(sizes.seeds)) if paths else {}
     about = _about(scenario) | {"Duration": f"{time.monotonic() - started:.0f} s"}
-    return Results(scenario, sizes.seeds, sizes.samples, measured, real, about)
+    return Results(scenario, sizes.seeds, sizes.samples, measured, drafts, real, about)
 
 
 def _write(
     writer: Writer, readers: Readers, wanted: Sequence[Arm], sizes: Sizes, console: Console
-) -> dict[str, Measured]:
+) -> tuple[dict[str, Measured], dict[str, Drafts]]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     measured: dict[str, Measured] = {}
+    drafts: dict[str, Drafts] = {}
     prompts: dict[str, list[int]] = {}
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("arms", total=len(wanted))
         for arm in wanted:
             progress.update(task, description=arm.key)
+            if arm.factors:
+                drafts[arm.key] = writer.drafts(arm, sizes.turns)
+                progress.advance(task)
+                continue
             started = time.monotonic()
             written = writer.write(arm, sizes.seeds, sizes.samples)
             seconds = time.monotonic() - started
@@ -88,7 +99,7 @@ def _write(
             found = readers.read(None if formula is None else str(formula), written, losses)
             measured[arm.key] = replace(found, seconds=round(seconds, 2))
             progress.advance(task)
-    return measured
+    return measured, drafts
 
 
 class Readers:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_marith.language import Formula, parse_request
+from vllm_marith.language.names import NGRAM
 
 FOLDER = Path(__file__).with_name("scenarios")
 EMBEDDED = "embedded:"
@@ -41,6 +42,8 @@ class Arm:
         parameters: numbers for names in the formula.
         tokens: length of the texts; the scenario's where None.
         requests: user messages; the scenario's where there are none.
+        factors: speculative factors of terms.  Where there are some, it is timed with and without drafts,
+            one request after the other, and nobody judges its texts.
     """
 
     key: str
@@ -48,6 +51,7 @@ class Arm:
     parameters: Mapping[str, float] = field(default_factory=dict)
     tokens: int | None = None
     requests: tuple[str, ...] = ()
+    factors: Mapping[str, int] = field(default_factory=dict)
 
 
 class _Model(BaseModel):
@@ -131,6 +135,36 @@ class Stress(_Model):
         return formula
 
 
+class Drafted(_Model):
+    """A formula that is drafted.
+
+    factors: term -> its speculative factor; one less than the largest is drafted at a time.
+    report: whether it is for the report, too; the benchmarks have all.
+    """
+
+    formula: str
+    factors: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    report: bool = True
+
+    @property
+    def length(self) -> int:
+        """Tokens drafted at a time."""
+        return max(self.factors.values()) - 1
+
+
+class Speculation(_Model):
+    """Formulas with and without drafts: `tokens` a text, `requests` in turn."""
+
+    tokens: int
+    requests: Annotated[tuple[str, ...], Field(min_length=1)]
+    formulas: Annotated[dict[str, Drafted], Field(min_length=1)]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that are drafted at a time."""
+        return max(drafted.length for drafted in self.formulas.values())
+
+
 class Engine(_Model):
     """The models in the engine; names as formulas call them."""
 
@@ -152,7 +186,7 @@ class Scenario(_Model):
         judges: axis -> who names its labels: `embedded:judge`, `embedded:topics`, or a sequence classifier.
         referee: whose perplexity: `embedded:referee`, or `model`, the plain model that is served.
         reference: axis whose labels have real text to compare perplexities with; embedded models only.
-        control, curves, cross, stress: the experiments; those that are absent are not made.
+        control, curves, cross, stress, speculation: the experiments; those that are absent are not made.
     """
 
     name: str
@@ -171,6 +205,7 @@ class Scenario(_Model):
     curves: Curves | None = None
     cross: Cross | None = None
     stress: Stress | None = None
+    speculation: Speculation | None = None
 
     @classmethod
     def load(cls, named: str | Path) -> Scenario:
@@ -221,7 +256,11 @@ class Scenario(_Model):
         """The arm's formula, checked; None where it has none."""
         if arm.formula is None:
             return None
-        request = {"formula": arm.formula, "terms": self.terms, "parameters": dict(arm.parameters)}
+        drafting = {
+            name: {**self.terms.get(name, {}), "speculative_factor": k} for name, k in arm.factors.items()
+        }
+        terms = {**self.terms, **drafting}
+        request = {"formula": arm.formula, "terms": terms, "parameters": dict(arm.parameters)}
         return parse_request(json.dumps(request))
 
     def lacks(self, formula: str) -> list[str]:
@@ -230,7 +269,7 @@ class Scenario(_Model):
         for name in sorted(self._names(formula)):
             term = self.terms[name]
             for key, models in (("model", self.engine.constituents), ("classifier", self.engine.classifiers)):
-                if key in term and models.get(term[key]) is None:
+                if key in term and term[key] != NGRAM and models.get(term[key]) is None:
                     missing.append(f"the {'constituent' if key == 'model' else key} '{term[key]}'")
         return missing
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_marith.engine.offline import offline_llm, sampling_params
 from vllm_marith.models import Paths
 
+from .drafting import Drafts, measure
 from .scenario import EMBEDDED, Arm, Scenario
 
 if TYPE_CHECKING:
@@ -63,7 +64,11 @@ class Writer:
             },
         }
         assert engine.model is not None
-        options = {"additional_config": {"marith": settings}, "disable_log_stats": True, **engine.options}
+        options = {"disable_log_stats": True, **engine.options}
+        if scenario.speculation:
+            settings["max_speculative_tokens"] = scenario.speculation.longest
+            options["async_scheduling"] = False  # what is drafted next depends on what was kept
+        options["additional_config"] = {"marith": settings}
         return cls(offline_llm(located(engine.model), **options), scenario)
 
     def write(self, arm: Arm, seeds: Sequence[int], samples: int) -> list[Written]:
@@ -93,6 +98,15 @@ class Writer:
             )
             for (seed, request), output in zip(places, outputs, strict=True)
         ]
+
+    def drafts(self, arm: Arm, turns: int) -> Drafts:
+        """An arm with and without drafts: so many texts, one after the other, the requests in turn."""
+        formula = self.scenario.formula(arm)
+        assert formula is not None
+        assert arm.tokens is not None
+        users = [[arm.requests[i % len(arm.requests)]] for i in range(turns)]
+        length = max(arm.factors.values()) - 1
+        return measure(self.llm, formula, length, arm.tokens, users, arm.requests)
 
     def losses(
         self, written: Sequence[Written], prompts: Mapping[str, Sequence[int]]
