@@ -5,10 +5,11 @@
 
 CHECKOUT is one of github.com/eth-sri/language-model-arithmetic, PYTHON that of an environment in which its
 package `model_arithmetic` can be imported, with transformers 4.45 (earlier ones cannot read the embedded
-tokenizer, later ones have no tuples of keys and values).  This package need not be there.  The rows, requests
-and speculative factors are those of `bench_speculation.py`, read from the evaluation's scenario; one request
-at a time, T = 1, float32 on the CPU.  With `--ours`, what that script wrote with `--output`, prompts must have
-the same token ids and both models the same log-probabilities to 1e-4; the two results are printed together.
+tokenizer, later ones have no tuples of keys and values).  This package need not be there.  The rows,
+requests and speculative factors are those of `bench_speculation.py`, read from the evaluation's scenario; one
+request at a time, T = 1, float32 on the CPU.  With `--ours`, what that script wrote with `--output`, prompts
+must have the same token ids and both models the same log-probabilities to 1e-4; the two results are printed
+together.
 
 Calls are counted where the models are run, and must be as many as the reference's own monitor counts.  Each
 row is run without speculation (and without terms that only draft), as the checkout is, and corrected: from
@@ -17,7 +18,7 @@ accepts nearly everything and what it draws does not have the formula's distribu
 
 Nothing of the checkout is changed.  What is adapted here, and why:
 
-- A tokenizer_config.json that names a class which that transformers version knows, and has the template in it.
+- A tokenizer_config.json that names a class which that transformers version knows, and has the template.
 - Both models are loaded once and handed over; the prompt template is our chat template.
 - The tokenizer's end-of-sequence token is its padding token, so that answers have all their tokens.
 - Its `Superseded` takes the weight N of the small operand, so the large one is divided by its own.
@@ -96,7 +97,9 @@ def measure(reference: Reference, asked: Any, arguments: Any, ours: Any) -> list
     """Every row, its sides in turn."""
     beside = {row["formula"]: row for row in ours["rows"]} if ours else {}
     header = "calls of M / token: none -> speculative (corrected)"
-    print(f"{'formula':38} {header:52} {'ms / token':>22} {'faster':>7} {'accepted':>15}   ours: calls, faster")
+    print(
+        f"{'formula':38} {header:52} {'ms / token':>22} {'faster':>7} {'accepted':>15}   ours: calls, faster"
+    )
     users = [asked["requests"][i % len(asked["requests"])] for i in range(arguments.requests)]
     rows = []
     for name, case in asked["formulas"].items():

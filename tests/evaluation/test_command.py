@@ -42,6 +42,14 @@ SMALL = {
         },
     },
     "stress": {"start": "base", "operands": ["rude", "base"], "depths": [0, 2], "tokens": 12},
+    "speculation": {
+        "tokens": 7,
+        "requests": ["Who?", "What is it?"],
+        "formulas": {
+            "lagging": {"formula": "base + 0.5*rude", "factors": {"rude": 3}},
+            "small": {"formula": "superseded(expert, base)", "factors": {"base": 3}},
+        },
+    },
 }
 
 
@@ -87,6 +95,15 @@ def test_a_model_of_ones_own(
         assert max(arm.tokens) == longest
         assert all(loss > 0 for loss, tokens in zip(arm.losses, arm.tokens, strict=True) if tokens)
         assert arm.labels["tone"] == classifier("tone", str(judge), [])(arm.texts)
+    (drafts,) = results.drafts.values()
+    assert [len(turns) for turns in drafts.turns.values()] == [6, 6, 6]
+    assert drafts.calls("off") == 2.0  # both terms, for every token
+    assert 1.0 < drafts.calls("fixed") < 3.0
+    assert sum(turn.drafted for turn in drafts.turns["fixed"]) > 0
+    assert drafts.answers["off"] == drafts.answers["fixed"] == drafts.answers["auto"]
+    assert [len(answer) for answer in drafts.answers["off"]] == [7, 7]
+    assert "lagging: base + 0.5*rude" in report.read_text()
+    assert "small was left out: nobody named the constituent" in report.read_text()
     assert "DExperts was left out: nobody named the constituent 'expert'." in done.stdout
     assert "DExperts was left out" in report.read_text()
     again = tmp_path / "again.html"

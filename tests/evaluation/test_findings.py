@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from tests.support.evaluations import Outcome, made_up
+from tests.support.evaluations import Outcome, drafted, made_up
 from vllm_marith.evaluation import Results, Scenario
-from vllm_marith.evaluation.sections import control, cross, curves, stress
+from vllm_marith.evaluation.drafting import Drafts
+from vllm_marith.evaluation.sections import control, cross, curves, speculation, stress
 
 CODE = {"kind": {"code": 0.6}}
 
@@ -215,3 +218,71 @@ def test_depth_that_costs_and_depth_that_does_not(embedded: Scenario) -> None:
     worse = stress_findings(embedded, {"6": 5.0, "7": 6.0}, {"7": 0.4, "3": 0.01})
     assert worse[0].endswith("clearly above the start at depth 6 and 7.")
     assert worse[1].endswith("clearly above the start at depth 7 and clearly below the start at depth 3.")
+
+
+# ------------------------------------------------------------------------------------------------ speculation
+
+
+def speculation_rows(scenario: Scenario, **drafts: dict[str, Any]) -> list[speculation.Row]:
+    """Every formula as `drafted` makes it; with what is said under the last word of its name, underscored."""
+
+    def made(key: str) -> Drafts:
+        return drafted(key, **drafts.get(key.split()[-1].strip(")"), {}))
+
+    return speculation.rows(made_up(scenario, lambda key: Outcome(CODE), drafts=made))
+
+
+def test_times_are_clear_or_not(embedded: Scenario) -> None:
+    mixed = {"fixed": [0.8, 0.9, 1.1, 1.2, 1.3, 1.2], "auto": [1.2] * 6}
+    slow = {"fixed": [0.5, 0.6, 0.7, 0.8, 0.9, 0.99], "auto": [0.9] * 6}
+    rows = speculation_rows(embedded, legal={"speedups": mixed}, prose={"speedups": slow})
+    fixed, auto = speculation.findings(rows)[1:3]
+    assert "clearly faster: superseded(A, M) (1.50 [1.50, 1.50]), superseded(small, M)" in fixed
+    assert "clearly slower: + 0.2 legal + 0.5 code + 0.05 prose (0.75 [0.50, 0.99])" in fixed
+    assert "not to be told from no drafts: + 0.5 legal (1.15 [0.80, 1.30]), M + 0.5 legal" in fixed
+    assert "clearly slower: + 0.2 legal + 0.5 code + 0.05 prose (0.90 [0.90, 0.90])" in auto
+    assert "not to be told" not in auto
+    slower = speculation_rows(embedded, **{name: {"speedups": slow} for name in ("M", "legal", "prose")})
+    assert "faster" not in speculation.findings(slower)[1].removeprefix("Times as fast")
+
+
+def test_answers_that_differ_are_told_of(embedded: Scenario) -> None:
+    assert speculation.findings(speculation_rows(embedded))[0] == (
+        "Drafts change no answer: 40 of 40 greedy answers are the same, token for token."
+    )
+    said = speculation.findings(speculation_rows(embedded, prose={"differ": 3}))[0]
+    assert said.startswith("3 of 40 greedy answers differ from those without drafts (+ 0.2 legal + 0.5 code")
+
+
+def test_calls_are_told_in_both_directions(embedded: Scenario) -> None:
+    said = speculation.findings(speculation_rows(embedded, prose={"calls": {"off": 64, "fixed": 80}}))[-1]
+    assert said.startswith(
+        "Calls of the model for a token, fewer in 4 of 5 formulas: superseded(A, M) 2.00 to 1.50"
+    )
+    assert "+ 0.05 prose 1.00 to 1.25 (80% of the drafts kept)" in said
+
+
+def test_a_table_of_drafts(embedded: Scenario) -> None:
+    (table,) = speculation.section(made_up(embedded, lambda key: Outcome(CODE))).tables
+    first = dict(zip(table.header, table.rows[0], strict=True))
+    assert first == {
+        "formula": "superseded(A, M): made_up(superseded(A, M))",
+        "drafted at a time": "8",
+        "calls a token": "2.00, 1.50, 1.75",
+        "kept": "80%",
+        "ms a token": "3.0, 2.0, 2.5",
+        "faster": "1.50 [1.50, 1.50]",
+        "faster, automatically": "1.20 [1.20, 1.20]",
+        "same greedy answers": "4 of 4, 4 of 4",
+    }
+    assert [row[0].partition(":")[0] for row in table.rows] == [
+        name for name, drafts in embedded.speculation.formulas.items() if drafts.report
+    ]
+
+
+def test_formulas_without_their_small_model_are_left_out_aloud() -> None:
+    scenario = Scenario.load("instruct").with_models("m")
+    results = made_up(scenario, lambda key: Outcome({"toxicity": {"toxic": 0.3}}))
+    said = speculation.section(results).how[-1]
+    assert said == "superseded(small, M) was left out: nobody named the constituent 'small'."
+    assert len(speculation.rows(results)) == 3

@@ -12,6 +12,7 @@ from vllm_marith.evaluation.scenario import PLAIN
 from vllm_marith.evaluation.sections import arms
 from vllm_marith.evaluation.writing import draw_seed
 from vllm_marith.models import ARTEFACTS
+from vllm_marith.plan import speculate
 
 PRESETS = Path(__file__).parents[2] / "configs" / "presets"
 
@@ -37,7 +38,24 @@ def test_every_arm_is_a_formula_that_a_server_would_take(name: str) -> None:
         formula = scenario.formula(arm)
         assert (formula is None) == (arm.formula is None)
     experiments = {arm.key.partition("/")[0] for arm in found}
-    assert experiments == {PLAIN, "control", "curves", "cross", "stress"}
+    assert experiments == {PLAIN, "control", "curves", "cross", "stress", "speculation"}
+
+
+@pytest.mark.parametrize("name", ["embedded", "instruct"])
+def test_every_drafted_formula_drafts_as_its_factors_say(name: str) -> None:
+    scenario = named(name)
+    drafted = [arm for arm in arms(scenario) if arm.factors]
+    assert scenario.speculation is not None
+    small = name == "instruct"  # one formula whose small model nobody has named
+    reported = sum(formula.report for formula in scenario.speculation.formulas.values())
+    assert len(drafted) == reported - small
+    for arm in drafted:
+        formula = scenario.formula(arm)
+        assert formula is not None
+        assert {name: formula.terms[name].speculative_factor for name in arm.factors} == arm.factors
+        found = speculate(formula)
+        assert not isinstance(found, str), found
+        assert found.longest == max(arm.factors.values()) - 1 <= scenario.speculation.longest
 
 
 @pytest.mark.parametrize("name", ["embedded", "instruct"])

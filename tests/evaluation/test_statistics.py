@@ -140,3 +140,22 @@ def test_seeds_that_are_draws_have_a_dispersion_of_one() -> None:
     uneven = statistics.dispersion([[20, 30, 40]] * 200, counts)
     assert uneven.value > uneven.high
     assert math.isnan(statistics.dispersion([[0, 0, 0]], [[5, 5, 5]]).value)
+
+
+def test_the_median_between_order_statistics() -> None:
+    found = statistics.median([3.0, 1.0, 2.0, 6.0, 5.0, 4.0])
+    assert (found.value, found.low, found.high) == (3.5, 1.0, 6.0)
+    nine = statistics.median([float(i) for i in range(9)])
+    assert (nine.value, nine.low, nine.high) == (4.0, 1.0, 7.0)
+    few = statistics.median([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (few.value, few.low, few.high) == (3.0, -math.inf, math.inf)
+
+
+@pytest.mark.parametrize("count", [6, 9, 18, 25])
+def test_the_medians_interval_covers(count: int) -> None:
+    """As tables of the sign test have it: the widest that is left out has at most 2.5% on either side."""
+    found = statistics.median(list(map(float, range(count))))
+    left = int(found.low)
+    assert sum(math.comb(count, i) for i in range(left + 1)) <= 0.025 * 2**count
+    assert sum(math.comb(count, i) for i in range(left + 2)) > 0.025 * 2**count
+    assert found.high == count - 1 - left

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vllm_marith.evaluation import Results, Scenario
+from vllm_marith.evaluation.drafting import Drafts, Turn
 from vllm_marith.evaluation.results import Measured
 from vllm_marith.evaluation.sections import arms
 
@@ -30,14 +31,24 @@ class Outcome:
     repetition: float = 0.01
 
 
-def made_up(scenario: Scenario, outcome: Callable[[str], Outcome], *, real: bool = False) -> Results:
-    """Results in which the arm of each key measured `outcome(key)`; real text has 4 nats per token."""
+def made_up(
+    scenario: Scenario,
+    outcome: Callable[[str], Outcome],
+    *,
+    real: bool = False,
+    drafts: Callable[[str], Drafts] | None = None,
+) -> Results:
+    """Results in which the arm of each key measured `outcome(key)`, or `drafts(key)` where it is drafted.
+
+    Real text has 4 nats per token.
+    """
     kinds = ("prose", "code", "legal") if real else ()
     return Results(
         scenario,
         (0, 1, 2),
         TEXTS // 3,
-        {arm.key: measured(scenario, outcome(arm.key)) for arm in arms(scenario)},
+        {arm.key: measured(scenario, outcome(arm.key)) for arm in arms(scenario) if not arm.factors},
+        {arm.key: (drafts or drafted)(arm.key) for arm in arms(scenario) if arm.factors},
         {kind: measured(scenario, Outcome({"kind": {kind: 1.0}})) for kind in kinds},
         {"Model": "made up", "Machine": "none"},
     )
@@ -53,6 +64,33 @@ def measured(scenario: Scenario, outcome: Outcome) -> Measured:
         tokens=[TOKENS] * TEXTS,
         repetition=[outcome.repetition] * TEXTS,
     )
+
+
+def drafted(
+    key: str,
+    *,
+    speedups: Mapping[str, Sequence[float]] | None = None,
+    calls: Mapping[str, int] | None = None,
+    differ: int = 0,
+) -> Drafts:
+    """A formula with and without drafts: 64 tokens a turn, 3 ms each without.
+
+    speedups: mode -> that of each turn.
+    calls: mode -> those of each turn.
+    differ: how many of the four greedy answers under `fixed` are others.
+    """
+    faster = {"off": [1.0] * 6, "fixed": [1.5] * 6, "auto": [1.2] * 6, **(speedups or {})}
+    of = {"off": 128, "fixed": 96, "auto": 112, **(calls or {})}
+    turns = {
+        mode: [
+            Turn(64, 0.192 / by, of[mode], 0, 0 if mode == "off" else 60, 0 if mode == "off" else 48)
+            for by in each
+        ]
+        for mode, each in faster.items()
+    }
+    answers = {mode: [[i, i + 1] for i in range(4)] for mode in faster}
+    answers["fixed"][:differ] = [[9, 9]] * differ
+    return Drafts(f"made_up({key.rpartition('/')[2]})", 8, turns, answers)
 
 
 def _labels(shares: Mapping[str, float]) -> list[str]:

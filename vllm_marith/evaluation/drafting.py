@@ -10,17 +10,20 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_marith.engine.group import FIGURES
 from vllm_marith.language.names import NGRAM
+from vllm_marith.language.speculative import Speculative
 
 if TYPE_CHECKING:
     from vllm import LLM
 
     from vllm_marith import Formula
 
-MODES = ("off", "fixed", "auto")
+Mode = Literal["off", "fixed", "auto"]
+
+MODES: tuple[Mode, ...] = ("off", "fixed", "auto")
 """Without drafts, with as many at a time as the factors say, and with as many as pay."""
 
 
@@ -113,20 +116,20 @@ def measure(
     for users in (turns[0], *turns):
         for mode in MODES:
             found[mode].append(_turn(llm, formula, _asked(mode, length), users, tokens, temperature=1.0)[0])
-    answers = {
+    answers: dict[str, list[list[int]]] = {
         mode: _turn(llm, formula, _asked(mode, length), greedy, tokens, temperature=0.0)[1] for mode in MODES
     }
     return Drafts(str(formula), length, {mode: of[1:] for mode, of in found.items()}, answers)
 
 
-def _asked(mode: str, length: int) -> int | str:
+def _asked(mode: Mode, length: int) -> Speculative:
     return length if mode == "fixed" else mode
 
 
 def _turn(
     llm: LLM,
     formula: Formula,
-    speculative: int | str,
+    speculative: Speculative,
     users: Sequence[str],
     tokens: int,
     *,
@@ -144,7 +147,8 @@ def _turn(
     answers = []
     start = time.perf_counter()
     for user in users:
-        (output,) = llm.chat([{"role": "user", "content": user}], params, use_tqdm=False)
+        asked: Any = [{"role": "user", "content": user}]
+        (output,) = llm.chat(asked, params, use_tqdm=False)
         answers.append(list(output.outputs[0].token_ids))
     seconds = time.perf_counter() - start
     core, worker, *_ = llm.collective_rpc(FIGURES)

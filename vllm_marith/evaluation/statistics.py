@@ -106,6 +106,23 @@ def mean(values: np.ndarray, random: np.random.Generator) -> Interval:
     return _percentiles(float(values.mean()), weights @ values / weights.sum(1))
 
 
+def median(values: Sequence[float]) -> Interval:
+    """The median, between two order statistics that enclose it in 95% of all cases.
+
+    Nothing is assumed of the distribution.  Fewer than six values cannot enclose it so surely: they have
+    the whole line.
+    """
+    ordered, n = sorted(values), len(values)
+    middle = (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
+    below, tail = 0, 2.0**-n  # so many values can be left out on either side; P(Binomial(n, 1/2) <= below)
+    if tail > 0.025:
+        return Interval(middle, -math.inf, math.inf)
+    while tail + math.comb(n, below + 1) / 2**n <= 0.025:
+        below += 1
+        tail += math.comb(n, below) / 2**n
+    return Interval(middle, ordered[below], ordered[-1 - below])
+
+
 @dataclass(frozen=True)
 class Matched:
     """Where a method's curve is last within the budget.

@@ -100,13 +100,16 @@ class Writer:
         ]
 
     def drafts(self, arm: Arm, turns: int) -> Drafts:
-        """An arm with and without drafts: so many texts, one after the other, the requests in turn."""
+        """An arm with and without drafts: so many texts, one after the other, the requests in turn.
+
+        Half as many requests are answered greedily, too, each once.
+        """
         formula = self.scenario.formula(arm)
         assert formula is not None
         assert arm.tokens is not None
         users = [[arm.requests[i % len(arm.requests)]] for i in range(turns)]
         length = max(arm.factors.values()) - 1
-        return measure(self.llm, formula, length, arm.tokens, users, arm.requests)
+        return measure(self.llm, formula, length, arm.tokens, users, arm.requests[: turns // 2])
 
     def losses(
         self, written: Sequence[Written], prompts: Mapping[str, Sequence[int]]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ..results import Results
 from ..scenario import PLAIN, Arm, Scenario
-from . import control, cross, curves, stress
+from . import control, cross, curves, speculation, stress
 from .section import Section
 
 
@@ -22,7 +22,7 @@ class Experiment(Protocol):
     def section(self, results: Results) -> Section: ...
 
 
-EXPERIMENTS: tuple[Experiment, ...] = (control, curves, cross, stress)
+EXPERIMENTS: tuple[Experiment, ...] = (control, curves, cross, stress, speculation)
 
 
 def arms(scenario: Scenario) -> list[Arm]:
