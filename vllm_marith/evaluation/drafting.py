@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_marith.engine.group import FIGURES
-from vllm_marith.language.names import NGRAM
+from vllm_marith.language.names import BASE
 from vllm_marith.language.speculative import Speculative
 
 if TYPE_CHECKING:
@@ -154,26 +155,10 @@ def _turn(
     core, worker, *_ = llm.collective_rpc(FIGURES)
     count = sum(map(len, answers))
     drafted, accepted = (_total(core[name]) for name in ("drafted", "accepted"))
-    own, other = terms_of(formula)
-    # One term without drafts is a plain request, whose steps are its tokens; only drafts run the others.
-    steps = _total(core["steps"]) or count
-    drafting = dict(worker["drafting"])
-    drafting_calls = drafting.pop(0, 0)
-    return Turn(
-        tokens=count,
-        seconds=seconds,
-        calls=steps * own + drafting_calls,
-        other_calls=(steps * other if drafted else 0) + sum(drafting.values()),
-        drafted=drafted,
-        accepted=accepted,
-    ), answers
-
-
-def terms_of(formula: Formula) -> tuple[int, int]:
-    """How many terms are run by the engine's own model, and how many by another; n-grams are no model."""
-    models = [term.model for term in formula.terms.values() if not term.classifier]
-    own = models.count(None)
-    return own, len(models) - own - models.count(NGRAM)
+    calls = Counter[bool]()  # of the engine's own model, or not
+    for (_, model), number in (*core["calls"], *worker["calls"]):
+        calls[model == BASE] += number
+    return Turn(count, seconds, calls[True], calls[False], drafted, accepted), answers
 
 
 def _total(counts: Any) -> int:
