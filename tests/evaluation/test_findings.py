@@ -224,7 +224,7 @@ def test_depth_that_costs_and_depth_that_does_not(embedded: Scenario) -> None:
 
 
 def speculation_rows(scenario: Scenario, **drafts: dict[str, Any]) -> list[speculation.Row]:
-    """Every formula as `drafted` makes it; with what is said under the last word of its name, underscored."""
+    """Every formula as `drafted` makes it, with what is said under the last word of its name."""
 
     def made(key: str) -> Drafts:
         return drafted(key, **drafts.get(key.split()[-1].strip(")"), {}))

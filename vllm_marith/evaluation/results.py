@@ -109,7 +109,7 @@ class Results:
                 seeds=tuple(content["seeds"]),
                 samples=content["samples"],
                 arms={key: Measured(**arm) for key, arm in content["arms"].items()},
-                drafts={key: _drafts(**drafts) for key, drafts in content["drafts"].items()},
+                drafts={key: _drafts(**drafts) for key, drafts in content.get("drafts", {}).items()},
                 real={kind: Measured(**real) for kind, real in content["real"].items()},
                 about=content["about"],
             )
