@@ -7,6 +7,7 @@
     results.py      everything measured, text by text; a JSON file
     statistics.py   intervals
     phrases.py      sentences out of intervals
+    drafting.py     formulas with and without drafts: calls, time, greedy answers
     plots.py        figures (matplotlib)
     report.py       one HTML file
 
