@@ -23,7 +23,7 @@ DOORS = {
     "plan": {"language"},
     "engine": {"language", "plan", "kernels"},
     # The one entry point that vLLM calls: it knows every process's part, and the server's.
-    "engine.plugin": {"language", "plan", "kernels", "engine", "serving"},
+    "engine.plugin": {"language", "plan", "kernels", "engine", "serving", "distributed"},
     "engine.group": {"language", "plan", "kernels"},
     "engine.frontend": {"language", "plan", "kernels", "engine"},
     "engine.core": {"language", "plan", "kernels", "engine"},
@@ -149,6 +149,9 @@ def test_doors_stay_shut(path):
         ("vllm_marith/engine/x.py", "import marith_kernels.program, vllm.v1", False),
         ("vllm_marith/engine/x.py", "from vllm_marith.serving import routes", True),
         ("vllm_marith/engine/plugin.py", "from vllm_marith.serving import plugin", False),
+        ("vllm_marith/engine/plugin.py", "from vllm_marith.distributed import executor", False),
+        ("vllm_marith/engine/plugin.py", "import ray", True),
+        ("vllm_marith/engine/worker/x.py", "from vllm_marith.distributed import executor", True),
         ("vllm_marith/engine/plugin.py", "from .core import scheduler", False),
         ("vllm_marith/engine/x.py", "from vllm_marith.engine.core import scheduler", False),
         ("vllm_marith/engine/core/x.py", "from vllm_marith.engine.worker import rows", True),

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,31 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def serve(model: Path, log: Path, settings: dict[str, Any] | None = None, *options: str) -> Iterator[str]:
-    """The base URL of a running server; its output is in `log`."""
-    with serve_process(model, log, settings, *options) as (url, _):
+def serve(
+    model: Path,
+    log: Path,
+    settings: dict[str, Any] | None = None,
+    *options: str,
+    variables: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Iterator[str]:
+    """The base URL of a running server; its output is in `log`.
+
+    variables: what its environment has beside this one's.
+    folder: where it is started, by default where this process was.
+    """
+    with serve_process(model, log, settings, *options, variables=variables, folder=folder) as (url, _):
         yield url
 
 
 @contextmanager
 def serve_process(
-    model: Path, log: Path, settings: dict[str, Any] | None = None, *options: str
+    model: Path,
+    log: Path,
+    settings: dict[str, Any] | None = None,
+    *options: str,
+    variables: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Iterator[tuple[str, int]]:
     """As `serve`, with the id of the process that was started."""
     port = free_port()
@@ -67,7 +83,8 @@ def serve_process(
             command(model, port, settings, *options),
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env={**environment(), **(variables or {})},
+            cwd=folder,
             start_new_session=True,
         )
         try:

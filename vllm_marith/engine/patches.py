@@ -48,7 +48,8 @@ def _resolve(target: str) -> tuple[Any, str, Any]:
 def missing(runner: str = "") -> Iterator[str]:
     """Sentences, one for each ledger entry that the installed vLLM does not satisfy.
 
-    runner: ``v1`` or ``v2`` for what only this model runner needs, empty for what both need.
+    runner: ``v1`` or ``v2`` for what only this model runner needs, ``ray`` for what only engines on Ray do,
+        empty for what all need.
     """
     for entry in LEDGER:
         if entry.runner != runner or not entry.parameters:

@@ -113,6 +113,11 @@ def enable(config: VllmConfig) -> None:
         parallel.worker_extension_cls, constituents=bool(settings.constituents)
     )
     hooks.install()
+    if _uses_ray(config):
+        _check_ledger("ray")
+        from vllm_marith.distributed import executor
+
+        executor.install(config)
 
 
 def _enable_serving(config: VllmConfig, served: str | list[str]) -> None:
@@ -132,6 +137,14 @@ def _enable_serving(config: VllmConfig, served: str | list[str]) -> None:
     except ValueError as error:
         raise UnsupportedError(str(error)) from None
     serving.install(config)
+    if _uses_ray(config):
+        from vllm_marith.distributed import executor
+
+        executor.install_in_server()
+
+
+def _uses_ray(config: VllmConfig) -> bool:
+    return config.parallel_config.use_ray or config.parallel_config.data_parallel_backend == "ray"
 
 
 _CORE = "vllm_marith.engine.core.scheduler."

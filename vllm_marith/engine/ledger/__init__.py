@@ -4,12 +4,13 @@ Data only, a file for each process that a request passes through; `vllm_marith.e
 applies it.
 """
 
-from . import constituents, core, frontend, speculation, worker, worker_v2
+from . import constituents, core, distributed, frontend, speculation, worker, worker_v2
 from .entry import Entry
 
 LEDGER: tuple[Entry, ...] = (
     *frontend.ENTRIES,
     *core.ENTRIES,
+    *distributed.ENTRIES,
     *worker.ENTRIES,
     *worker_v2.ENTRIES,
     *constituents.ENTRIES,

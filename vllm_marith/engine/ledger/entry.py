@@ -19,7 +19,8 @@ class Entry:
         parameters: names that the signature must accept, the first of which is ``self`` for methods;
             for a class, names that its instances are made with.  What ``overrides`` is called by vLLM with
             whatever the original takes: there, these and `newer` must be all of its names.
-        runner: ``v1`` or ``v2``, the model runner that needs the entry; empty for both.
+        runner: ``v1`` or ``v2``, the model runner that needs the entry, or ``ray``, if only engines on Ray
+            need it; empty for all.
         newer: names that only some supported releases have.
         attributes: names that a class's methods must set or read on ``self``, or that its body defines.
         calls: names that the body must call in this order.

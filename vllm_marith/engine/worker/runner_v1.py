@@ -50,6 +50,11 @@ def install(*, constituents: bool = False) -> None:
         patches.patch(f"{_RUNNER}._build_attention_metadata", _with_routing)
 
 
+def installed() -> bool:
+    """Whether models that run in this process serve formulas."""
+    return patches.is_patched(f"{_RUNNER}.sample_tokens")
+
+
 def _with_processors(build_logitsprocs: Any) -> Any:
     """vLLM refuses processors beside speculation, because it cannot apply them to drafts.
 
