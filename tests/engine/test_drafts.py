@@ -118,8 +118,8 @@ OFF = ("", [], False)
         (DRAFTED, "auto", {"speculative": 2}, ("formula", [4], True)),
         # A server's number of tokens is no word of the client's.
         ("base", None, {"speculative": 2}, OFF),
-        # One base model: its weights are read once for all terms as it is.
-        ("base + 0.5*late", "auto", {"speculative": "off"}, OFF),
+        # One base model: whether it pays is measured, too.
+        ("base + 0.5*late", "auto", {"speculative": "off"}, ("formula", [3], True)),
         ("base + 0.5*late", 2, {"speculative": "off"}, ("formula", [2], False)),
         ("base + 0.5*late", None, {"speculative": 2}, ("formula", [2], False)),
         ("2*big - small", "auto", {"speculative": "off"}, OFF),  # -small alone is no distribution

@@ -22,7 +22,7 @@ from vllm_marith.engine.group import MemberTag
 from vllm_marith.engine.worker.pipelines import routine_of
 from vllm_marith.engine.worker.rows import JointGroup, RowPlan, RowPlans
 from vllm_marith.engine.worker.speculation.dice import Settled
-from vllm_marith.engine.worker.speculation.drafting import Drafter, Line, members_of
+from vllm_marith.engine.worker.speculation.drafting import Drafter, Line
 from vllm_marith.engine.worker.speculation.verification import NO_TOKEN, Check, settle
 from vllm_marith.plan import encode, lower, speculate
 
@@ -329,7 +329,7 @@ def test_drafts_that_a_grammar_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_partial_formula_reads() -> None:
     group, terms = group_of(formula_of("a + 0.6*b - 0.4*c", b=2, c=3), 2)  # type: ignore[misc]
     assert terms == ("a", "b", "c")
-    assert [members_of(routine_of(text)) for text in group.tag.drafts] == [[0], [0, 1]]
+    assert [routine_of(text).members for text in group.tag.drafts] == [[0], [0, 1]]
     assert group.tag.draft_lengths == [1, 2]
 
 

@@ -276,7 +276,7 @@ def test_what_does_not_pay_is_left_out(llm: Any, monkeypatch: pytest.MonkeyPatch
     add = scheduler._add_group
     monkeypatch.setattr(scheduler, "_add_group", lambda group: (sizes.append(len(group.members)), add(group)))
     for pays, size in ((True, 3), (False, 2)):
-        monkeypatch.setattr(scheduler._pacing, "is_worth_a_drafter", lambda key, pays=pays: pays)
+        monkeypatch.setattr(scheduler._pacing, "wants_drafters", lambda key, pays=pays: pays)
         (found,) = generate(llm, job, speculative="auto", **asked)
         assert found.token_ids == plain.token_ids
         assert sizes.pop() == size

@@ -14,7 +14,9 @@ from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
+from vllm_marith import Formula
 from vllm_marith.engine.group import KEY, GroupSpec
+from vllm_marith.plan import encode, lower
 
 from .fake_scheduler import MAX_MODEL_LEN, Options, make_scheduler
 from .fake_worker import BLOCK_SIZE, FakeWorker, choose, extend
@@ -133,7 +135,12 @@ class FakeEngine:
         adapter, *adapters = self._adapters(job)
         spec = GroupSpec(followers, "no worker reads it", adapters=list(map(to_wire, adapters)))
         if job.drafts and self.options.drafts and not self.options.drafts_for_all:
-            spec = replace(spec, drafts=["a level"], draft_lengths=[job.drafts], drafter="formula")
+            spec = replace(
+                spec,
+                drafts=[encode(lower(Formula.parse("a")), [0])],
+                draft_lengths=[job.drafts],
+                drafter="formula",
+            )
         return Request(
             request_id=name,
             prompt_token_ids=leader,

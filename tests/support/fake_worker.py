@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm_marith.engine.group import DRAFTS, KEY, MemberTag
+from vllm_marith.engine.group import DRAFTS, KEY, MemberTag, Wanted
 
 VOCAB = 16
 BLOCK_SIZE = 8
@@ -184,12 +184,12 @@ class FakeWorker:
                 sampled[request_id] = tokens
         return sampled
 
-    def _draft(self, complete: list[str], lengths: Mapping[str, int]) -> None:
+    def _draft(self, complete: list[str], wanted: Mapping[str, Wanted]) -> None:
         """Proposes tokens, and computes them for every row as a drafting term does on its way."""
         self.drafts = {request_id: [] for request_id in complete}
         for name, ids in self._groups(complete).items():
             rows = [self.rows[i] for i in ids]
-            number = self.plain_drafts or lengths.get(name, 0)
+            number = self.plain_drafts or (wanted[name].number if name in wanted else 0)
             assert number == 0 or rows[0].tag is None or len(rows) == rows[0].tag.size or not self.strict
             chains = [[*row.chain, *extend(row.chain[-1:], row.tokens[-1:])[-1:]] for row in rows]
             tokens: list[int] = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from vllm_marith.plan import without_rows
 
@@ -25,8 +25,25 @@ BANS = "marith_bans"
 `Bans`.  For the V1 model runner, which keeps the parameters that a request first came with."""
 
 DRAFTS = "marith_drafts"
-"""An attribute of a step's ``SchedulerOutput`` where groups draft: leader's id -> how many tokens the worker
+"""An attribute of a step's ``SchedulerOutput`` where groups draft: leader's id -> `Wanted`, what the worker
 proposes at the end of the step."""
+
+
+class Wanted(NamedTuple):
+    """How far a group drafts at the end of a step.
+
+    Attributes:
+        number: tokens at the most.
+        left: tokens that its answer lacks before the step.
+    """
+
+    number: int
+    left: int
+
+    def after(self, sampled: int) -> int:
+        """Tokens to draft when the step has given so many: the step that checks them gives one itself."""
+        return max(0, min(self.number, self.left - sampled - 1))
+
 
 Bans = tuple[list[int], int | None]
 """(token ids, seed for the leader's generator from this step on, None for a request without a seed)."""

@@ -23,6 +23,13 @@ class Routine:
     stages: tuple[Stage, ...]
     dials: tuple[Dial, ...]
 
+    @property
+    def members(self) -> list[int]:
+        """The terms whose logits are read."""
+        read = {row for stage in self.stages for _, row, _ in stage.instructions}
+        read |= {row for stage in self.stages for row in stage.sources}
+        return sorted(row for row in read if 0 <= row < self.terms)
+
 
 def encode(plan: Plan, members: Sequence[int]) -> str:
     """The plan's routine as text.

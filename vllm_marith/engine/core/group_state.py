@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import msgspec
+import numpy as np
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
+
+from vllm_marith.plan import decode
 
 from ..group import KEY, GroupSpec, member_tags
 
@@ -22,8 +26,9 @@ class Group:
         members: the leader's request, then the followers'.
         ids: their request ids.
         constraints, routine, adaptive: as in `GroupSpec`.
-        drafts_by_formula: whether its drafts take forward passes.
         longest_draft: most tokens that it drafts at once.
+        rows: of each constituent the members on it, those that only draft, and the passes for each drafted
+            token; float64 ``[3, constituents]``.
         released: the members are in vLLM's queues; otherwise the group waits in the backlog.
         joint: every member has exactly one token left to compute, so a step can sample them
             together.  Once true it stays true until the group is preempted: each joint step leaves
@@ -36,7 +41,7 @@ class Group:
     constraints: dict[str, Any] | None = None
     routine: str = ""
     longest_draft: int = 0
-    drafts_by_formula: bool = False
+    rows: np.ndarray = field(default_factory=lambda: np.zeros((3, 1)))
     adaptive: bool = False
     released: bool = False
     joint: bool = False
@@ -117,6 +122,24 @@ def build_group(leader: Request, spec: GroupSpec, max_tokens: int) -> Group:
         for tag, prompt, adapter in zip(tags[1:], spec.prompts, adapters, strict=True)
     ]
     longest = spec.draft_lengths[-1] if spec.draft_lengths else 0
-    return Group(
-        [leader, *followers], spec.constraints, spec.routine, longest, bool(spec.drafts), spec.adaptive
-    )
+    return Group([leader, *followers], spec.constraints, spec.routine, longest, _rows(spec), spec.adaptive)
+
+
+def _rows(spec: GroupSpec) -> np.ndarray:
+    """See `Group.rows`."""
+    members = np.asarray(spec.members)
+    rows = np.zeros((3, members.max() + 1))
+    np.add.at(rows[0], members, 1)
+    np.add.at(rows[1], members[spec.size - spec.only_draft :], 1)
+    # The first level runs for every token, another once for each batch that the one before it drafts, and
+    # n-grams run for nothing.
+    own = spec.draft_lengths[len(spec.draft_lengths) - len(spec.drafts) :]
+    for text, batch in zip(spec.drafts, [1, *(length + 1 for length in own)], strict=False):
+        for constituent in {spec.members[member] for member in _members(text)}:
+            rows[2, constituent] += 1 / batch
+    return rows
+
+
+@lru_cache(maxsize=1024)
+def _members(routine: str) -> list[int]:
+    return decode(routine).members

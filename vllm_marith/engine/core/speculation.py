@@ -17,24 +17,27 @@ what was kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from vllm.v1.request import Request
 
-from ..group import DRAFTS, GroupSpec
+from ..group import DRAFTS, GroupSpec, Wanted, constituent_of
 from ..settings import Settings
 from .constraints import ConstrainedLifecycle
+from .costs import Work
 from .group_state import Group
-from .pacing import Pacing
+from .pacing import Pacing, Rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 
 _SENT = "marith_sent"
-"""An attribute of a step's ``SchedulerOutput``: when it was made, seconds on the monotonic clock."""
+"""An attribute of a step's ``SchedulerOutput``: when it was made, seconds on the monotonic clock, and its
+`Work`."""
 
 
 class SpeculativeLifecycle(ConstrainedLifecycle):
@@ -48,12 +51,17 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
         if self._drafts_formulas:
             # The drafting terms keep what they compute on their way in the cache.
             self.num_lookahead_tokens = max(self.num_lookahead_tokens, self.num_spec_tokens)
-        self._pacing = Pacing()
+        self._num_constituents = 1 + len(Settings.of(self.vllm_config).constituents)
+        self._pacing = Pacing(self._num_constituents)
         self._last_update = 0.0
 
     def _with_drafts_that_pay(self, spec: GroupSpec) -> GroupSpec:
-        """A member that only drafts costs a row in every step, whether the group drafts in it or not."""
-        if not spec.adaptive or not spec.only_draft or self._pacing.is_worth_a_drafter(spec.routine):
+        """What is there for drafts alone costs something in every step, drafting or not:
+
+        a row of each member that only drafts, and to be a group in the first place.
+        """
+        for_drafts_alone = spec.only_draft or spec.size == 1
+        if not spec.adaptive or not for_drafts_alone or self._pacing.wants_drafters(spec.routine):
             return spec
         return spec.without_drafts()
 
@@ -106,22 +114,47 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
         """Tells the worker how many tokens each group of the step drafts next."""
         if not self._drafts_formulas:
             return
-        drafts: dict[str, int] = {}
+        drafts: dict[str, Wanted] = {}
+        stepping = [g for g in self._released.values() if g.joint and g.name in output.num_scheduled_tokens]
+        rows = self._rows(stepping)
         may_draft = self._may_draft()
-        for group in self._released.values():
-            if group.joint and group.name in output.num_scheduled_tokens:
-                self.figures.step(group.name)
-                number = self._number_of_drafts(group) if may_draft else 0
-                if number:
-                    drafts[group.name] = number
+        for group in stepping:
+            self.figures.step(group.name)
+            number = self._number_of_drafts(group, rows) if may_draft else 0
+            if number:
+                leader = group.leader
+                drafts[group.name] = Wanted(number, leader.max_tokens - leader.num_output_tokens)
         setattr(output, DRAFTS, drafts)
-        setattr(output, _SENT, time.monotonic())
+        setattr(output, _SENT, (time.monotonic(), self._work(output, drafts)))
+
+    def _rows(self, stepping: Iterable[Group]) -> np.ndarray:
+        """Of each constituent the rows that run now, and those that only draft; ``[2, constituents]``."""
+        rows = np.zeros((2, self._num_constituents))
+        for group in stepping:
+            rows[:, : group.rows.shape[1]] += group.rows[:2]
+        rows[0, 0] += max(0.0, len(self.running) - rows[0].sum())  # plain requests, and members on their way
+        return rows
+
+    def _work(self, output: SchedulerOutput, drafts: Mapping[str, Wanted]) -> Work:
+        """What a step computes; drafts: what each group drafts in it."""
+        tokens, passes = np.zeros((2, self._num_constituents))
+        if len(tokens) == 1:
+            tokens[0] = output.total_num_scheduled_tokens
+        else:
+            for name, number in output.num_scheduled_tokens.items():
+                params = self.requests[name].sampling_params
+                tokens[constituent_of(params.extra_args if params else None)] += number
+        for name, wanted in drafts.items():
+            rates = self.groups[name].rows[2]
+            # Groups draft beside each other, in the same passes.
+            passes[: len(rates)] = np.maximum(passes[: len(rates)], wanted.number * rates)
+        return Work(tokens, passes)
 
     def _may_draft(self) -> bool:
         """vLLM gives no log-probabilities of chosen tokens beside drafts, and a request may ask for some."""
         return not any(r.sampling_params and r.sampling_params.logprob_token_ids for r in self.running)
 
-    def _number_of_drafts(self, group: Group) -> int:
+    def _number_of_drafts(self, group: Group, rows: np.ndarray) -> int:
         leader = group.leader
         # This step gives a token at least, and so does the one that checks the drafts.
         wanted = leader.max_tokens - leader.num_output_tokens - 2
@@ -131,9 +164,9 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
             return 0
         if not group.adaptive:
             return longest
-        # Groups that run beside each other are likely to draft alike: the step grows by all their rows.
-        passes = 1.0 if group.drafts_by_formula else 0.0
-        return self._pacing.length(group.routine, len(self.running), longest, passes)
+        rates = np.zeros(rows.shape[1])
+        rates[: group.rows.shape[1]] = group.rows[2]
+        return self._pacing.length(group.routine, Rows(rows[0], rows[1], rates), longest)
 
     def update_draft_token_ids(self, draft_token_ids: DraftTokenIds) -> None:
         """As vLLM's, after which a group's members have their leader's drafts."""
@@ -152,22 +185,13 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> Any:
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        sent = getattr(scheduler_output, _SENT, None)
-        if sent is not None:
-            now = time.monotonic()
-            drafts: dict[str, int] = getattr(scheduler_output, DRAFTS)
-            self._pacing.observe_step(
-                now - max(sent, self._last_update),
-                scheduler_output.total_num_scheduled_tokens,
-                max((n for name, n in drafts.items() if self._passes(name)), default=0),
-            )
+        found: tuple[float, Work] | None = getattr(scheduler_output, _SENT, None)
+        if found is not None and scheduler_output.total_num_scheduled_tokens:
+            now, (sent, work) = time.monotonic(), found
+            drafts = bool(getattr(scheduler_output, DRAFTS) or scheduler_output.scheduled_spec_decode_tokens)
+            self._pacing.costs.observe(now - max(sent, self._last_update), work, drafts)
             self._last_update = now
         return outputs
-
-    def _passes(self, name: str) -> bool:
-        """Whether a group's drafts take forward passes."""
-        group = self.groups.get(name)
-        return group is not None and group.drafts_by_formula
 
     def make_spec_decoding_stats(
         self,

@@ -26,7 +26,7 @@ from ..speculation import slots_ahead
 from .adapters import Adapters, to_wire
 from .classifiers import classifier_term
 from .compiler import Compiler
-from .drafts import Drafts, only_where_possible
+from .drafts import only_where_possible
 from .source import SOURCE
 
 logger = init_logger(__name__)
@@ -126,8 +126,6 @@ class Admission:
             asked, plan, label, drafts = self._compiler(value)
             explained |= asked.explain
             drafts = only_where_possible(drafts, asked, scored=scored, explained=explained, seeded=seeded)
-            if drafts and drafts.adaptive and not self._may_pay(drafts, asked.formula, adapter):
-                drafts = None
             if drafts:
                 plan = drafts.plan
             terms = {name: asked.formula.terms[name] for name in plan.terms}
@@ -169,17 +167,6 @@ class Admission:
         )
         of_term = dict(zip(plan.terms, member_of, strict=True))
         return Admitted(leader, spec, formula, of_term, leaders_adapter, explained)
-
-    def _may_pay(self, drafts: Drafts, formula: Formula, adapter: LoRARequest | None) -> bool:
-        """Whether drafts can be worth their while.
-
-        Not where all terms run on one base model: its weights, which a step of a few rows spends its time on,
-        are read once for all terms as it is.
-        """
-        terms = {name: formula.terms[name] for name in drafts.plan.terms}
-        runs_on = self.adapters.of_terms(terms, adapter)
-        only_copies = drafts.drafter == "ngram" and not drafts.levels
-        return only_copies or len({model for model, _ in runs_on}) > 1
 
     def _render(
         self, engine_input: MutableMapping[str, Any], name: str, term: Term, scored: bool

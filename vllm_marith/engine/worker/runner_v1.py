@@ -212,7 +212,8 @@ def _with_drafts(propose_draft_token_ids: Any) -> Any:
             scheduler_output.num_spec_tokens_to_schedule = self.num_spec_tokens
             found = propose_draft_token_ids(self, scheduler_output, sampled_token_ids, *args, **kwargs)
             for group in copying:
-                own = found[group.rows[0]][: wanted[group.ids[0]]]
+                row = group.rows[0]
+                own = found[row][: wanted[group.ids[0]].after(len(sampled_token_ids[row]))]
                 drafts.update((row, list(own)) for row in group.rows)
         return [drafts.get(row, []) for row in range(self.input_batch.num_reqs)]
 

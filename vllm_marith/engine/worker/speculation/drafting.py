@@ -9,8 +9,6 @@ from typing import Protocol
 import marith_kernels
 import torch
 
-from vllm_marith.plan import Routine
-
 from ..figures import FIGURES
 from ..pipelines import pipeline_of, routine_of
 from ..rows import JointGroup
@@ -203,7 +201,7 @@ class Drafter:
             routine = routine_of(tag.drafts[level])
             tokens = torch.cat([line.last, *line.tokens])[first:]
             places = {}
-            for member in members_of(routine):
+            for member in routine.members:
                 places[member] = total
                 if tag.names:
                     FIGURES.calls[tag.label, tag.names[member]] += 1
@@ -227,13 +225,6 @@ class Drafter:
         # decide.
         sound = shaped.amax(-1, keepdim=True).isfinite()
         return torch.where(sound, shaped, 0.0)
-
-
-def members_of(routine: Routine) -> list[int]:
-    """The members whose logits a routine reads."""
-    read = {row for stage in routine.stages for _, row, _ in stage.instructions}
-    read |= {row for stage in routine.stages for row in stage.sources}
-    return sorted(row for row in read if 0 <= row < routine.terms)
 
 
 def lengths_of(group: JointGroup) -> list[int]:

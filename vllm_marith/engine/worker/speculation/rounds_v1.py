@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 
-from ...group import DRAFTS
+from ...group import DRAFTS, Wanted
 from .dice import Dice
 from .drafting import Draft, Drafter, Line
 from .forward_v1 import ForwardV1
@@ -149,11 +149,12 @@ class Rounds:
         """
         batch = self._runner.input_batch
         self._drafts = {g: d for g, d in self._drafts.items() if g in self._runner.requests}
-        wanted: dict[str, int] = getattr(scheduler_output, DRAFTS, {})
+        wanted: dict[str, Wanted] = getattr(scheduler_output, DRAFTS, {})
         lines = []
-        for group in plan.joint if plan and wanted else ():
-            number = wanted.get(group.tag.group, 0)
-            if number and group.tag.drafts and sampled[group.rows[0]]:
+        for group in plan.joint if plan else ():
+            asked, new = wanted.get(group.tag.group), len(sampled[group.rows[0]])
+            number = asked.after(new) if asked and new and group.tag.drafts else 0
+            if number:
                 last = torch.tensor([sampled[group.rows[0]][-1]], device=self._runner.device)
                 lengths = [int(batch.num_tokens_no_spec[row]) for row in group.rows]
                 lines.append(Line(group, lengths, last, number))

@@ -29,7 +29,7 @@ import torch
 from vllm.v1.outputs import DraftTokenIds
 
 from ... import patches
-from ...group import DRAFTS
+from ...group import DRAFTS, Wanted
 from .dice import Dice
 from .drafting import Draft, Drafter, Line
 from .forward_v2 import ForwardV2
@@ -123,7 +123,7 @@ class RoundsV2:
         self._most = most
         self._runner: Any = None
         self._drafts: dict[str, Draft] = {}  # by group
-        self._wanted: Mapping[str, int] = {}  # group -> how many tokens it drafts at the end of the step
+        self._wanted: Mapping[str, Wanted] = {}  # by group, at the end of the step
         self._joint: Sequence[JointGroup] = ()  # of the step
         self._told: DraftTokenIds | None = None
 
@@ -263,16 +263,17 @@ class RoundsV2:
             ngrams: vLLM's own proposals for all requests.
         """
         states = self._sampler.req_states
-        wanted = [(group, self._wanted.get(group.tag.group, 0)) for group in self._joint]
+        wanted = [(g, self._wanted[g.tag.group]) for g in self._joint if g.tag.group in self._wanted]
         lines, copying = [], []
         lengths = lengths_of(batch)
-        growing = [(group, number) for group, number in wanted if number and group.tag.drafts]
+        growing = [(group, asked) for group, asked in wanted if group.tag.drafts]
         if growing:
             # Where the host waits for the device: positions of what is drafted are the host's to choose.
             new = num_sampled[[group.rows[0] for group, _ in growing]].tolist()
-            for (group, number), more in zip(growing, new, strict=True):
+            for (group, asked), more in zip(growing, new, strict=True):
                 last = states.last_sampled_tokens[int(batch.idx_mapping_np[group.rows[0]])]
-                lines.append(Line(group, [int(lengths[row]) + more for row in group.rows], last, number))
+                if number := asked.after(more):
+                    lines.append(Line(group, [int(lengths[row]) + more for row in group.rows], last, number))
         drafts = num_sampled.new_zeros(batch.num_reqs, self._most, dtype=torch.int64)
         numbers = [0] * batch.num_reqs
 
@@ -290,13 +291,11 @@ class RoundsV2:
             for line, draft in zip(lines, drafter.propose(lines), strict=True):
                 self._drafts[line.group.tag.group] = draft
                 give(line.group, draft.tokens)
-        copying = [
-            (g, number) for g, number in wanted if number and g.tag.drafter == "ngram" and not g.tag.drafts
-        ]
+        copying = [(g, asked) for g, asked in wanted if g.tag.drafter == "ngram" and not g.tag.drafts]
         if copying:
             found = ngrams()
-            for group, number in copying:
-                give(group, found[group.rows[0], :number])
+            for group, asked in copying:
+                give(group, found[group.rows[0], : asked.number])
         # vLLM's scheduler has to know the tokens for a grammar only.
         unknown = [[NO_TOKEN] * self._most] * batch.num_reqs
         tokens = drafts.tolist() if batch.has_structured_output_reqs else unknown
