@@ -139,7 +139,7 @@ def test_a_drafter_that_rides_in_every_step(acceptance, rider, random):
         world = World(acceptance, draft=draft, members=1, rider=rider)
         lengths = lived(world, pacing_of_two(), 4 * ROUNDS, random, request)
         assert cost(world, lengths[ROUNDS // 2 :]) <= 1.05 * world.off, world
-        assert cost(world, lengths[2 * ROUNDS :]) <= 1.12 * world.best, world
+        assert cost(world, lengths[2 * ROUNDS :]) <= 1.25 * world.best, world
 
 
 @pytest.mark.parametrize("good", [World(0.9), World(0.9, token=0.05)])
