@@ -61,7 +61,7 @@ Prompts become `prompt` templates, as the file has them; a model other than the 
 which) becomes a constituent by the last part of its name, and comments in the YAML say what the server must
 provide. Refused, with the place in the file: what has no counterpart with the same values (`Abs`,
 `Functional`, `HardConstraint`, an `Autocomplete` that does more than draft, and operators whose weight the
-reference takes from elsewhere). Nothing in a file is executed.
+reference takes from elsewhere). Where an `Autocomplete` drafts, n-grams do. Nothing in a file is executed.
 """
 
 
