@@ -82,3 +82,15 @@ def test_groups_cost_little_beside_vllm(tiny_model: Any, full: bool) -> None:
         assert len(scheduler.running) == 192
     ours, theirs = counts
     assert ours < (1.25 if full else 1.1) * theirs
+
+
+def test_letting_groups_in_costs_the_same_for_each(tiny_model: Any) -> None:
+    """Also when many come at once: what others were promised is counted once."""
+    counts = []
+    for number in (20, 40, 60):
+        engine = decoding(tiny_model, 1)
+        for _ in range(number):
+            engine.add(job())
+        counts.append(calls(engine.scheduler.schedule))
+        assert len(engine.scheduler.running) == 3 + 3 * number
+    assert counts[2] - counts[1] <= 1.02 * (counts[1] - counts[0])

@@ -60,7 +60,7 @@ class BlockAccount:
         # One block is vLLM's null block.  A group also has to get in again when it was preempted at
         # its full length, and vLLM keeps a watermark free when it admits beside running requests.
         usable = self._manager.block_pool.num_gpu_blocks - 1 - self._manager.watermark_blocks
-        # Where it speculates, vLLM admits no request without a step's slots beyond its length (`can_admit`).
+        # Where it speculates, vLLM admits no request without a step's slots beyond its length (`Promises`).
         beyond = self._most_tokens() if self._scheduler.num_spec_tokens else 0
 
         def need(num_generated: int) -> int:
@@ -72,16 +72,11 @@ class BlockAccount:
             return limit
         return bisect_right(range(1, limit + 1), usable, key=need)
 
-    def can_admit(self, members: Sequence[Request], promised: Iterable[Request], spare: int) -> bool:
-        """Whether the members' prompts fit beside what others were promised.
-
-        spare: blocks for each request beyond its prompt, so that it can also take a few steps.
-        """
-        scheduler = self._scheduler
-        wanted = [*members, *promised]
-        need = sum(scheduler._request_remaining_blocks(r) for r in wanted) + spare * len(wanted)
-        need += scheduler._inflight_prefill_reserved_blocks()
-        return need + self._manager.watermark_blocks <= self.free()
+    def free_for_admission(self) -> int:
+        """Blocks that vLLM would give to requests that it admits now: it keeps a watermark free, and what
+        admitted prompts still need."""
+        kept = self._scheduler._inflight_prefill_reserved_blocks() + self._manager.watermark_blocks
+        return self.free() - kept
 
     def can_step(self, decodes: Callable[[Request], bool], held: Container[str], num_late: int) -> bool:
         """Whether the blocks of every row that this step may schedule are free.

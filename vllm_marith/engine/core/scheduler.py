@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, islice, pairwise, takewhile
+from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -34,6 +34,7 @@ from vllm.v1.request import Request, RequestStatus
 from ..group import Cause
 from .constituents import lookup
 from .group_state import Group, remaining
+from .promises import Promises
 from .speculation import SpeculativeLifecycle
 
 if TYPE_CHECKING:
@@ -79,17 +80,25 @@ class GroupMixin(SpeculativeLifecycle):
                 self.backlog.push(group)
             else:
                 self._compiling[group.name] = group
+        if self.backlog.peek() is None:
+            return
+        late = [member for group in self._gathering.values() for member in group.late]
+        promises = Promises(self, late)
         while (entry := self.backlog.peek()) is not None:
             if isinstance(entry, Group):
-                if not self._fits(entry):
+                if not (self._is_ready_again(entry) and promises.leave_room_for(entry)):
                     return  # strict order: nobody overtakes the oldest waiting group
+                if not self._adapters_fit(entry.members):
+                    return
                 self.backlog.pop()
                 self._release_group(entry)
+                promises.let_in(entry.members, entry.late)
             else:
                 if self._shares_adapters(entry) and not self._adapters_fit([entry]):
                     return
                 self.backlog.pop()
                 super()._enqueue_waiting_request(entry)
+                promises.let_in([entry])
 
     def _release_group(self, group: Group) -> None:
         group.released = True
@@ -99,29 +108,15 @@ class GroupMixin(SpeculativeLifecycle):
             if member not in group.late:
                 super()._enqueue_waiting_request(member)
 
-    def _fits(self, group: Group) -> bool:
-        """Whether rows, blocks and adapters of all members are free beside those promised to others."""
-        if any(m.num_stale_output_tokens and not m.drop_stale_output for m in group.members):
-            return False  # tokens sampled before a preemption are still on their way
-        rows = self._rows_free() - len(group.members)
-        if rows < 0:
-            return False
-        waiting: Iterator[Request] = iter(self.waiting)
-        if self.backlog.by_priority:
-            waiting = takewhile(lambda r: r < group.leader, waiting)
-        ahead = list(islice(waiting, rows + 1))
-        if len(ahead) > rows or not self._adapters_fit(group.members):
-            return False
-        late = [m for g in self._gathering.values() for m in g.late]
-        promised = [*ahead, *late, *self.kv_holding_waiting]
-        alone = not self.running and not promised
-        return self._blocks.can_admit(group.members, promised, spare=0 if alone else 1)
+    @staticmethod
+    def _is_ready_again(group: Group) -> bool:
+        """Whether no token sampled before a preemption is still on its way."""
+        return not any(m.num_stale_output_tokens and not m.drop_stale_output for m in group.members)
 
-    def _rows_free(self) -> int:
+    def _rows_free(self, late: Sequence[Request]) -> int:
         """Rows that nobody has and no late member was promised."""
         taken = len(self.running) + self._num_late + self.num_waiting_for_streaming_input
-        late = sum(len(group.late) for group in self._gathering.values())
-        return self.max_num_active_reqs - taken - late
+        return self.max_num_active_reqs - taken - len(late)
 
     # -------------------------------------------------------------------- step
 
