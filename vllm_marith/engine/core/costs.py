@@ -1,10 +1,10 @@
 """What a step takes, learnt from the steps that were taken.
 
-    seconds = a + sum over constituents j of  r_j [j ran] + b_j tokens_j + c_j passes_j
+    seconds = a + d [drafts] + sum over constituents j of  r_j [j ran] + b_j tokens_j + c_j passes_j
 
 A constituent's forward pass has a cost of its own (r_j: its weights are read once, however many tokens there
-are), one for every token, and one for each pass that drafting terms take before the step (c_j).  The
-coefficients are found by least squares with fading weights, and none is negative.  What the steps of late say
+are), one for every token, and one for each pass that drafting terms take before the step (c_j).  That there are
+drafts at all costs something, too, however many (d).  The coefficients are found by least squares with fading weights, and none is negative.  What the steps of late say
 nothing about stays as it was found before: a model that nobody ran has not become free.
 
 Nothing here looks at a clock or draws at random: the same observations give the same costs.
@@ -35,25 +35,27 @@ class Work:
     Attributes:
         tokens: float64 ``[constituents]``, positions that each is run on.
         passes: float64 ``[constituents]``, forward passes of drafting terms before that.
+        drafts: whether some of the tokens are drafts, or drafts are made.
     """
 
     tokens: np.ndarray
     passes: np.ndarray
+    drafts: bool = False
 
     def features(self) -> np.ndarray:
-        """float64 ``[1 + 3 constituents]``: 1, whether each runs, tokens, passes."""
-        return np.concatenate(([1.0], self.tokens > 0, self.tokens, self.passes))
+        """float64 ``[2 + 3 constituents]``: 1, whether there are drafts, whether each runs, tokens, passes."""
+        return np.concatenate(([1.0, self.drafts], self.tokens > 0, self.tokens, self.passes))
 
     def drafting(self, length: int, rates: np.ndarray) -> Work:
         """The same rows when each of them also checks so many drafts; rates: passes for each draft."""
-        return Work(self.tokens * (length + 1), length * rates)
+        return Work(self.tokens * (length + 1), length * rates, length > 0)
 
 
 class StepCosts:
     """The costs of one engine's steps."""
 
     def __init__(self, constituents: int = 1) -> None:
-        size = 1 + 3 * constituents
+        size = 2 + 3 * constituents
         self._constituents = constituents
         self._products = np.zeros((size, size))
         self._sums = np.zeros(size)
@@ -74,13 +76,10 @@ class StepCosts:
         resting, passing = work.tokens == 0, work.passes > 0
         return bool((self._rested[resting] >= _FIRST).all() and (self._passed[passing] >= _FIRST).all())
 
-    def observe(self, seconds: float, work: Work, drafted: bool) -> None:
-        """A step's duration.
-
-        drafted: whether some of the tokens were drafts, or drafts were made.
-        """
+    def observe(self, seconds: float, work: Work) -> None:
+        """A step's duration."""
         step = work.features()
-        seen = self._drafted if drafted else self._plain
+        seen = self._drafted if work.drafts else self._plain
         if seen >= _FIRST and self.knows(work):
             expected = self.of(work)
             seconds = min(seconds, _HICCUP * expected)
@@ -95,8 +94,8 @@ class StepCosts:
         self._usual = np.where(self._usual > 0, usual, square)
         self._products = _MEMORY * self._products + np.outer(step, step)
         self._sums = _MEMORY * self._sums + seconds * step
-        self._plain += not drafted
-        self._drafted += drafted
+        self._plain += not work.drafts
+        self._drafted += work.drafts
         self._rested += work.tokens == 0
         self._passed += work.passes > 0
         if seen < _FIRST or (self._plain + self._drafted) % _FIT_EVERY == 0:

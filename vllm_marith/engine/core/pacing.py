@@ -9,7 +9,7 @@ perhaps a model's pass, in every step: where a token is cheaper without it, the 
 without.
 
 What is not tried cannot be known.  So a formula that drafts goes without once in a while, and one that does
-not tries one token; and a few requests come with their drafters where the others come without them, or the
+not tries a few tokens; and a few requests come with their drafters where the others come without them, or the
 other way about.  Each of the two costs `_EXPLORATION` of the time at most.
 
 Nothing here looks at a clock or draws at random: the same observations give the same lengths.
@@ -29,11 +29,12 @@ from vllm_marith.plan import best_length, cost_of_a_token
 from .costs import StepCosts, Work
 
 _ROUND_MEMORY: Final = 0.985
-_GAIN: Final = 0.03
+_GAIN: Final = 0.05
 _EXPLORATION: Final = 0.01
 _EXPLORE_EVERY: Final = 64  # rounds, at the least ...
 _EXPLORE_LATEST: Final = 4096  # ... and at the most
 _DECIDE_EVERY: Final = 8  # rounds
+_TRIED: Final = (1, 3)  # tokens, in turns: what drafts cost at all and what each costs are two things
 _FIRST_ROUNDS: Final = 32  # before a formula's requests come without their drafters
 _OTHERWISE_EVERY: Final = 32  # requests, at the least ...
 _OTHERWISE_LATEST: Final = 1024  # ... and at the most
@@ -75,7 +76,9 @@ class _Formula:
         patience: rounds without drafts, as last decided.
         rounds: since the beginning.
         same: rounds since the other was tried, drafts or none.
+        trials: how often drafts were tried.
         observed: the round of the last observation.
+        optional: whether requests can come without what is there for drafts alone.
         drafters_pay: whether a token is cheaper with drafts than without them and the terms that only draft;
             None while that is not known.
         alike: requests since one came otherwise, with drafters or without them.
@@ -88,7 +91,9 @@ class _Formula:
     patience: int = 0
     rounds: int = 0
     same: int = 0
+    trials: int = 0
     observed: int = 0
+    optional: bool = False
     drafters_pay: bool | None = None
     alike: int = 0
     otherwise: int = _OTHERWISE_EVERY
@@ -140,7 +145,11 @@ class Pacing:
         length = min(formula.length, longest)
         formula.same += 1
         if formula.same >= (_EXPLORE_EVERY if length else formula.patience):
-            length, formula.same = 0 if length else min(1, longest), 0
+            formula.same = 0
+            if length:
+                return 0
+            formula.trials += 1
+            return min(_TRIED[formula.trials % len(_TRIED)], longest)
         return length
 
     def wants_drafters(self, key: str) -> bool:
@@ -148,6 +157,7 @@ class Pacing:
         formula = self._formulas.get(key)
         if formula is None or formula.rounds < _FIRST_ROUNDS or not self.costs.known:
             return True
+        formula.optional = True
         formula.alike = (formula.alike + 1) % formula.otherwise
         if formula.drafters_pay is None:  # what it is like without them has to be seen first
             return formula.alike % 2 == 0
@@ -168,14 +178,19 @@ class Pacing:
         if per_token(now) > min(plain, per_token(best) / (1 - _GAIN)):
             now = best
         formula.length = now
-        patience = _rarely(self.costs.of(one) - plain, plain)
-        formula.patience = min(max(_EXPLORE_EVERY, patience), _EXPLORE_LATEST)
+        trial = self.costs.of(rows.step(max(_TRIED))) - plain
+        formula.patience = min(max(_EXPLORE_EVERY, _rarely(trial, plain)), _EXPLORE_LATEST)
         bare = rows.without_drafters()
-        if self.costs.knows(bare):
-            costs = per_token(now), self.costs.of(bare)
-            formula.drafters_pay = costs[0] < costs[1]
-            otherwise = _rarely(max(costs) - min(costs), min(costs))
-            formula.otherwise = min(max(_OTHERWISE_EVERY, otherwise), _OTHERWISE_LATEST)
+        if not self.costs.knows(bare):
+            return
+        here, there = per_token(now), self.costs.of(bare)
+        formula.drafters_pay = here < there
+        if formula.optional and not formula.drafters_pay:
+            # The few requests that come with drafters come to try them.
+            formula.patience = _DECIDE_EVERY
+            here += trial / _DECIDE_EVERY
+        otherwise = _rarely(abs(here - there), min(here, there))
+        formula.otherwise = min(max(_OTHERWISE_EVERY, otherwise), _OTHERWISE_LATEST)
 
     def _formula(self, key: str) -> _Formula:
         found = self._formulas.setdefault(key, _Formula())

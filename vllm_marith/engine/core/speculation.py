@@ -148,7 +148,7 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
             rates = self.groups[name].rows[2]
             # Groups draft beside each other, in the same passes.
             passes[: len(rates)] = np.maximum(passes[: len(rates)], wanted.number * rates)
-        return Work(tokens, passes)
+        return Work(tokens, passes, bool(drafts or output.scheduled_spec_decode_tokens))
 
     def _may_draft(self) -> bool:
         """vLLM gives no log-probabilities of chosen tokens beside drafts, and a request may ask for some."""
@@ -188,8 +188,7 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
         found: tuple[float, Work] | None = getattr(scheduler_output, _SENT, None)
         if found is not None and scheduler_output.total_num_scheduled_tokens:
             now, (sent, work) = time.monotonic(), found
-            drafts = bool(getattr(scheduler_output, DRAFTS) or scheduler_output.scheduled_spec_decode_tokens)
-            self._pacing.costs.observe(now - max(sent, self._last_update), work, drafts)
+            self._pacing.costs.observe(now - max(sent, self._last_update), work)
             self._last_update = now
         return outputs
 
