@@ -3,9 +3,10 @@
     seconds = a + d [drafts] + sum over constituents j of  r_j [j ran] + b_j tokens_j + c_j passes_j
 
 A constituent's forward pass has a cost of its own (r_j: its weights are read once, however many tokens there
-are), one for every token, and one for each pass that drafting terms take before the step (c_j).  That there are
-drafts at all costs something, too, however many (d).  The coefficients are found by least squares with fading weights, and none is negative.  What the steps of late say
-nothing about stays as it was found before: a model that nobody ran has not become free.
+are), one for every token, and one for each pass that drafting terms take before the step (c_j).  That there
+are drafts at all costs something, too, however many (d).  The coefficients are found by least squares with
+fading weights, and none is negative.  What the steps of late say nothing about stays as it was found before: a
+model that nobody ran has not become free.
 
 Nothing here looks at a clock or draws at random: the same observations give the same costs.
 """
@@ -43,7 +44,7 @@ class Work:
     drafts: bool = False
 
     def features(self) -> np.ndarray:
-        """float64 ``[2 + 3 constituents]``: 1, whether there are drafts, whether each runs, tokens, passes."""
+        """float64 ``[2 + 3 constituents]``: 1, any drafts, which constituents run, tokens, passes."""
         return np.concatenate(([1.0, self.drafts], self.tokens > 0, self.tokens, self.passes))
 
     def drafting(self, length: int, rates: np.ndarray) -> Work:
