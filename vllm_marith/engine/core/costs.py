@@ -5,8 +5,8 @@
 A constituent's forward pass has a cost of its own (r_j: its weights are read once, however many tokens there
 are), one for every token, and one for each pass that drafting terms take before the step (c_j).  That there
 are drafts at all costs something, too, however many (d).  The coefficients are found by least squares with
-fading weights, and none is negative.  What the steps of late say nothing about stays as it was found before: a
-model that nobody ran has not become free.
+fading weights, and none is negative.  What the steps of late say nothing about stays as it was found before:
+a model that nobody ran has not become free.
 
 Nothing here looks at a clock or draws at random: the same observations give the same costs.
 """
