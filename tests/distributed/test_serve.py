@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,12 +15,6 @@ from tests.support.ray_serve import Deployed, Job, Ray, client_of, jobs, wait_fo
 pytest.importorskip("ray.serve", reason="needs Ray with Serve: pip install 'vllm-marith[ray]'")
 
 TOKENS = 16
-
-
-@pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
-    with ray_serve.cluster(tmp_path_factory.mktemp("ray") / "log") as ray:
-        yield ray
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -20,12 +19,6 @@ TOKENS = 64
 CLIENTS = 8
 OPTIONS = ("--replicas", "2", "--sticky")
 BACK_SECONDS = 300
-
-
-@pytest.fixture(scope="module")
-def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
-    with ray_serve.cluster(tmp_path_factory.mktemp("ray") / "log") as ray:
-        yield ray
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from tests.support.fake_engine import FakeEngine, Job, Progress
 from tests.support.fake_scheduler import Options
 from tests.support.fake_worker import BLOCK_SIZE
 from vllm_marith.engine.core.blocks import BlockAccount
+from vllm_marith.engine.core.pacing import Pacing
 from vllm_marith.engine.core.scheduler import GroupMixin
 from vllm_marith.engine.group import KEY
 from vllm_marith.engine.speculation import slots_ahead
@@ -59,13 +60,15 @@ def test_plain_requests_are_scheduled_as_by_vllm(tiny_model: Any) -> None:
         ][1:]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_torn_group_fails_alone(tiny_model: Any, asynchronous: bool, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("asynchronous", "drafts"), [(False, 0), (True, 0), (False, 2)])
+def test_a_torn_group_fails_alone(tiny_model: Any, asynchronous: bool, drafts: int, monkeypatch: Any) -> None:
     """The rules are switched off, so vLLM tears groups; no client sees a token that is not the formula's."""
     monkeypatch.setattr(GroupMixin, "_make_room", lambda self: False)
-    engine = FakeEngine(tiny_model, Options(asynchronous, num_blocks=24), strict=False)
+    engine = FakeEngine(tiny_model, Options(asynchronous, num_blocks=24, drafts=drafts), strict=False)
+    # Steps are accounted by base model, also those of a request that has just failed.
+    engine.scheduler._num_constituents, engine.scheduler._pacing = 2, Pacing(2)
     for i in range(6):
-        engine.add(group(10, 9, 8, max_tokens=40))
+        engine.add(group(10, 9, 8, max_tokens=40, drafts=drafts))
         engine.add(plain(10 + i, max_tokens=40))
     engine.drain()
     ends = {kind: [p.ended for p in engine.jobs.values() if p.job.formula is kind] for kind in (True, False)}

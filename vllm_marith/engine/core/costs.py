@@ -57,7 +57,6 @@ class StepCosts:
 
     def __init__(self, constituents: int = 1) -> None:
         size = 2 + 3 * constituents
-        self._constituents = constituents
         self._products = np.zeros((size, size))
         self._sums = np.zeros(size)
         self._found = np.zeros(size)

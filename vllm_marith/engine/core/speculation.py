@@ -142,7 +142,8 @@ class SpeculativeLifecycle(ConstrainedLifecycle):
             tokens[0] = output.total_num_scheduled_tokens
         else:
             for name, number in output.num_scheduled_tokens.items():
-                params = self.requests[name].sampling_params
+                request = self.requests.get(name)  # None where the step has just failed its group
+                params = request.sampling_params if request else None
                 tokens[constituent_of(params.extra_args if params else None)] += number
         for name, wanted in drafts.items():
             rates = self.groups[name].rows[2]
