@@ -18,6 +18,7 @@ _MODULES = {
     ("fuse", "torch"): "torch_eager",
     ("fuse", "numba"): "numba_cpu",
     ("fuse", "triton"): "triton_gpu",
+    ("replace", "numba"): "numba_replace",
     ("decoding", "reference"): "reference_decoding",
     ("decoding", "torch"): "torch_decoding",
     ("decoding", "triton"): "triton_decoding",

@@ -129,6 +129,7 @@ def warmup(
     module = module_of("fuse", name)
     if name == "numba":
         module.warmup(dtypes)
+        module_of("replace", name).warmup(dtypes)
     elif name == "triton":
         module.warmup(dtypes, device, vocab_size, stride or vocab_size)
         module_of("decoding", name).warmup(device, vocab_size, stride or vocab_size)

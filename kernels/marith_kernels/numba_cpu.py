@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 
 from . import openmp
 from .batch import Batch
+from .numba_disk import LIKE, compile_function, compile_task, stamp
 from .numba_linear import run_linear
-from .numba_math import BLOCK, FAST, NEG_INF, ZERO, inline, max_and_sum, pointer, shift_max_and_sum, take
+from .numba_math import BLOCK, NEG_INF, ZERO, inline, max_and_sum, pointer, shift_max_and_sum, take
 from .numba_program import run_stack, run_stack_n
 from .program import Program
 
@@ -92,7 +91,7 @@ def _fuse_task(args, like):
 
 
 @inline
-def _merge_lse(part_max, part_sum):
+def merge_lse(part_max, part_sum):
     """One row's log-sum-exp from its chunks; 0 for a row of -inf."""
     peak = NEG_INF
     for m in part_max:
@@ -109,13 +108,13 @@ def _merge_lse(part_max, part_sum):
 @inline
 def _merge_rows(rows, part_max, part_sum, lse):
     for i in range(rows.size):
-        lse[rows[i]] = _merge_lse(part_max[i], part_sum[i])
+        lse[rows[i]] = merge_lse(part_max[i], part_sum[i])
 
 
 @inline
 def _merge_groups(energies, part_max, part_sum, lse, argmax):
     for g in range(argmax.size):
-        lse[g] = _merge_lse(part_max[g], part_sum[g])
+        lse[g] = merge_lse(part_max[g], part_sum[g])
         best = 0
         for c in range(1, part_max.shape[1]):
             if part_max[g, c] > part_max[g, best]:
@@ -129,73 +128,59 @@ def _merge_groups(energies, part_max, part_sum, lse, argmax):
             argmax[g] = token
 
 
-# numba's disk cache looks only at the file of the function that it stores, and would go on using code
-# compiled from an older `numba_math`. So only the outermost functions are cached, as closures over a stamp of
-# all the source: what a function closes over is part of numba's key.
-
-
-def _stamp() -> int:
-    """Identifies the source of all that is compiled, `program`'s operation numbers included. Never 0."""
-    here = Path(__file__).parent
-    files = [*sorted(here.glob("numba_*.py")), here / "program.py"]
-    return crc32(b"".join(file.read_bytes() for file in files)) or 1
-
-
-def _on_disk(compiler: Callable, function: Callable) -> Any:
-    """`function` compiled, and kept on disk where a directory for it is writable and the disk not full."""
-    try:
-        return compiler(cache=True)(function)
-    except OSError:
-        pass
-    except RuntimeError as error:
-        if "no locator available" not in str(error):
-            raise
-    return compiler(cache=False)(function)
-
-
 @functools.cache
-def _tasks(dtype: torch.dtype) -> tuple[Any, Any]:
-    """(lse, fuse) for logits of this dtype, as C functions `void (*)(int64 address of the arguments)`."""
-    stamp, like = _stamp(), _LIKE[dtype]
+def tasks(dtype: torch.dtype) -> tuple[Any, Any]:
+    """(lse, fuse) for logits of this dtype, see `numba_disk.compile_task`."""
+    source, like = stamp(), LIKE[dtype]
 
     def lse(args):
-        if stamp:
+        if source:
             _lse_task(args, like)
 
     def fuse(args):
-        if stamp:
+        if source:
             _fuse_task(args, like)
 
-    compiler = functools.partial(
-        cfunc, types.void(types.int64), fastmath=FAST, nopython=True, error_model="numpy"
-    )
-    return _on_disk(compiler, lse).ctypes, _on_disk(compiler, fuse).ctypes
+    return compile_task(lse), compile_task(fuse)
 
 
 @functools.cache
 def _merges() -> tuple[Any, Any]:
     """(merge_rows, merge_groups), compiled."""
-    stamp = _stamp()
+    source = stamp()
     row, matrix, rows = types.float32[::1], types.float32[:, ::1], types.int32[::1]
 
     def merge_rows(rows, part_max, part_sum, lse):
-        if stamp:
+        if source:
             _merge_rows(rows, part_max, part_sum, lse)
 
     def merge_groups(energies, part_max, part_sum, lse, argmax):
-        if stamp:
+        if source:
             _merge_groups(energies, part_max, part_sum, lse, argmax)
 
-    signature = types.void(rows, matrix, matrix, row)
-    compiled_rows = _on_disk(functools.partial(njit, signature, fastmath=FAST, nogil=True), merge_rows)
-    signature = types.void(types.float32[:, :], matrix, matrix, row, types.int64[::1])
-    return compiled_rows, _on_disk(
-        functools.partial(njit, signature, fastmath=FAST, nogil=True), merge_groups
+    return (
+        compile_function(types.void(rows, matrix, matrix, row), merge_rows),
+        compile_function(
+            types.void(types.float32[:, :], matrix, matrix, row, types.int64[::1]), merge_groups
+        ),
     )
 
 
-# bfloat16 and float16 travel as integers of their size, see `numba_math.widen`.
-_LIKE = {torch.float32: np.float32(0), torch.bfloat16: np.uint16(0), torch.float16: np.int16(0)}
+def fill_lse(logits: torch.Tensor, batch: Batch, vocab_size: int, lse: np.ndarray) -> None:
+    """Writes the log-sum-exps of the batch's `lse_row` into lse, float32 by row."""
+    lse_task, _ = tasks(logits.dtype)
+    merge_rows, _ = _merges()
+    rows = batch.lse_row.numpy()
+    part = np.empty((2, rows.size, -(-vocab_size // LSE_CHUNK)), np.float32)
+    args = np.array(
+        [
+            0, logits.data_ptr(), logits.stride(0), logits.element_size(), vocab_size,
+            rows.ctypes.data, rows.size, part[0].ctypes.data, part[1].ctypes.data,
+        ],
+        np.int64,
+    )  # fmt: skip
+    openmp.run(lse_task, args.ctypes.data, parallel=rows.size * vocab_size > SERIAL_BELOW)
+    merge_rows(rows, part[0], part[1], lse)
 
 
 def fuse(
@@ -207,20 +192,14 @@ def fuse(
     row_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `marith_kernels.fusion.run`; `out` is [G, at least vocab_size]. Returns (lse, argmax)."""
-    lse_task, fuse_task = _tasks(logits.dtype)
-    merge_rows, merge_groups = _merges()
+    _, fuse_task = tasks(logits.dtype)
+    _, merge_groups = _merges()
     n_groups = batch.n_groups
     shape = (logits.data_ptr(), logits.stride(0), logits.element_size(), vocab_size)
     beside = (0, 0) if extra is None else (extra.data_ptr(), extra.stride(0))
     lse_of = np.zeros(logits.shape[0], np.float32) if row_lse is None else row_lse.numpy()
     if batch.n_lse_rows:
-        rows = batch.lse_row.numpy()
-        part = np.empty((2, rows.size, -(-vocab_size // LSE_CHUNK)), np.float32)
-        args = np.array(
-            [0, *shape, rows.ctypes.data, rows.size, part[0].ctypes.data, part[1].ctypes.data], np.int64
-        )
-        openmp.run(lse_task, args.ctypes.data, parallel=rows.size * vocab_size > SERIAL_BELOW)
-        merge_rows(rows, part[0], part[1], lse_of)
+        fill_lse(logits, batch, vocab_size, lse_of)
     part = np.empty((2, n_groups, -(-vocab_size // CHUNK)), np.float32)
     args = np.array(
         [

@@ -5,7 +5,7 @@ scalar without SVML) and `maximum` is the LLVM instruction. Of fast-math, `ninf`
 is data.
 
 Nothing here is cached on its own: numba would not notice that an inner function has changed. See
-`numba_cpu._on_disk`.
+`numba_disk`.
 """
 
 from __future__ import annotations

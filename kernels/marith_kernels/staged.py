@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 
 from . import filters
-from .backends import check_logits, resolve
+from .backends import check_logits, module_of, resolve
 from .batch import Batch
 from .fusion import Fused, check_rows, empty_rows, fuse, run
 from .pipeline import Pipeline
@@ -69,6 +71,7 @@ class StagedBatch:
     first_extra: int
     n_scratch: int  # rows of stages and copies
     any_external: bool
+    rows: tuple[Sequence[int], ...]  # [G] group -> term -> row of the logits
 
     @property
     def n_groups(self) -> int:
@@ -146,6 +149,77 @@ class StagedBatch:
             out[each.rows, :vocab_size] = kept
         return fused
 
+    def replace(
+        self,
+        logits: torch.Tensor,
+        into: torch.Tensor,
+        *,
+        external: External | None = None,
+        backend: str = "auto",
+    ) -> torch.Tensor:
+        """Writes every group's formula, as of `run`, over the row of its term 0; returns the peaks.
+
+            for g, row in enumerate(rows):
+                into[row[0]] = energies of group g;  peaks[g] = their maximum
+
+        peaks[g] is NaN where a logit in any of the group's rows is NaN or +inf, read or not, and +inf where
+        these are sound and an energy is not. What such a group's row becomes holds neither.
+
+        into: float32 [R, V] of stride 1 within a row. May be `logits` itself; then no two groups may share a
+        row that is written over.
+        """
+        if into.dtype != torch.float32 or into.shape != logits.shape or into.stride(1) != 1:
+            raise ValueError(
+                f"into must be float32 {tuple(logits.shape)} of stride 1, not {into.dtype} of "
+                f"{tuple(into.shape)}."
+            )
+        if not self.n_groups:
+            return into.new_empty(0)
+        replacement = self._replacement if backend in ("auto", "numba") else None
+        if replacement is not None:
+            check_rows(logits, self.final, None, check_logits(logits, None))
+            peaks, sound = replacement(logits, into)
+            if not sound:
+                into[self._leaders] = into[self._leaders].nan_to_num_(nan=0, posinf=0, neginf=-math.inf)
+            return peaks
+        read = logits.amax(-1)[self._rows].amax(-1).float()
+        fused = self.run(logits, external=external, backend=backend).logits
+        peaks = fused.amax(-1)
+        peaks = torch.where(peaks < math.inf, peaks, math.inf)
+        peaks = torch.where(read < math.inf, peaks, math.nan)
+        # Whether there is anything to mend is known on the device, and nobody waits for that.
+        if fused.device.type != "cpu" or not bool((peaks < math.inf).all()):
+            fused.nan_to_num_(nan=0, posinf=0, neginf=-math.inf)
+        into.index_copy_(0, self._leaders, fused)
+        return peaks
+
+    @functools.cached_property
+    def _replacement(self) -> Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]] | None:
+        """How CPUs do it in one task; None where that is not for this batch."""
+        if self.levels or self.final_filters or resolve("auto", self.final.code.device) != "numba":
+            return None
+        found: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, bool]] = module_of(
+            "replace", "numba"
+        ).Replacement(self.final, self._rows)
+        return found
+
+    @functools.cached_property
+    def _rows(self) -> torch.Tensor:
+        """int64 [G, most terms of a group]: `rows`, each group's filled up with its first."""
+        most = max(map(len, self.rows))
+        filled = [[*row, *[row[0]] * (most - len(row))] for row in self.rows]
+        return _to_device(filled, torch.int64, self.final.code.device)
+
+    @property
+    def _leaders(self) -> torch.Tensor:
+        return self._rows[:, 0]
+
+
+def _to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    # a copy from ordinary memory may wait for the device
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
 
 def _apply(each: _Filter, rows: torch.Tensor, lse: torch.Tensor, external: External | None) -> None:
     """Make or narrow the scratch rows of these stages."""
@@ -209,6 +283,7 @@ class _Builder:
             first_extra=self.first_extra,
             n_scratch=self.n_scratch,
             any_external=any(stage.kind == "external" for p in self.pipelines for stage in p.stages),
+            rows=tuple(self.rows),
         )
 
     def _level(self, which: list[_At]) -> _Level:
@@ -295,6 +370,4 @@ class _Builder:
         return [(g, s) for g, s in which if self.pipelines[g].stages[s].kind == kind]
 
     def _tensor(self, values: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-        # a copy from ordinary memory may wait for the device
-        host = torch.tensor(values, dtype=dtype, pin_memory=self.device.type == "cuda")
-        return host.to(self.device, non_blocking=True)
+        return _to_device(values, dtype, self.device)

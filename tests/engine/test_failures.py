@@ -143,7 +143,7 @@ def test_a_fusion_that_fails_ends_the_step_s_groups_and_not_the_worker(
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(rows_module.marith_kernels.StagedBatch, "run", failing)
+    monkeypatch.setattr(rows_module.marith_kernels.StagedBatch, "replace", failing)
     requests = [*members("a", "2*a - b"), ("plain", None), *members("b", "2*a - b")]
     logits = torch.randn(5, VOCAB)
     fused, failures, sampled = step(requests, logits.clone())
@@ -181,10 +181,9 @@ def test_scores_of_a_prompt_are_judged_too(value: float) -> None:
 
 
 def test_a_verdict_travels_as_plain_data() -> None:
-    read = [1.0, 2.0, math.inf, math.nan]
-    fused = [3.0, -math.inf, 1.0, 1.0]
+    peaks = [1.0, -math.inf, math.inf, math.nan]
     known = {"d": (Cause.CLASSIFIER, "it failed")}
-    failures = StepFailures(known, ["a", "b", "c", "d"], torch.tensor([read, fused]))
+    failures = StepFailures(known, ["a", "b", "c", "d"], torch.tensor(peaks))
     arrived = pickle.loads(pickle.dumps(failures))
     assert type(arrived) is dict
     assert arrived == dict(failures)
@@ -193,7 +192,7 @@ def test_a_verdict_travels_as_plain_data() -> None:
         "c": "logits",
         "d": "classifier",
     }
-    assert not StepFailures({}, ["a"], torch.ones(2, 1))
+    assert not StepFailures({}, ["a"], torch.ones(1))
 
 
 def test_logs_of_a_step_do_not_show_a_client_s_text() -> None:

@@ -14,7 +14,7 @@ from marith_kernels import (
     Batch,
     Program,
     fuse,
-    numba_cpu,
+    numba_disk,
     openmp,
     reference,
     torch_eager,
@@ -271,7 +271,7 @@ def test_no_disk_cache_is_no_obstacle(failure):
             raise failure
         return lambda function: function
 
-    assert numba_cpu._on_disk(compiler, max) is max
+    assert numba_disk.on_disk(compiler, max) is max
     assert tried == [True, False]
 
 

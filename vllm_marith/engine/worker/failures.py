@@ -1,13 +1,13 @@
 """Formulas that a step could not compute, each of which fails its own group and no other.
 
-What is wrong with a row is known on the device only, and a step does not wait for the device.  So two numbers
-a group are copied to the host behind the step's logits, and read with the step's tokens, which come later.
+What is wrong with a row is known on the device only, and a step does not wait for the device.  So a number
+a group, its *peak* (`marith_kernels.StagedBatch.replace`), is copied to the host behind the step's logits,
+and read with the step's tokens, which come later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,55 +16,38 @@ import torch
 from ..group import Cause, Failure
 
 
-@dataclass(frozen=True)
-class Soundness:
-    """Says which groups of a step have no distribution to draw from, by the peaks of rows.
+def judge(logits: torch.Tensor, leaders: torch.Tensor) -> torch.Tensor:
+    """The peaks of formulas that were combined before the LM head, float32 ``[groups]``.
 
-    A row's largest value is NaN where any of its values is, and +inf where any is: one pass over a row.
-
-    Attributes:
-        names: the groups.
-        rows: int64 ``[groups, most members]``, the rows that they read; short groups repeat their leader's.
+    Args:
+        logits: ``[rows, vocab]``.
+        leaders: int64 ``[groups]``, their rows in them, of which NaN and +inf become 0.
     """
-
-    names: Sequence[str]
-    rows: torch.Tensor
-
-    def read(self, logits: torch.Tensor) -> torch.Tensor:
-        """float32 ``[groups]``: the largest value of all rows that a group reads, of ``[rows, vocab]``."""
-        return logits.amax(-1)[self.rows].amax(-1).float()
-
-    def judge(self, read: torch.Tensor, fused: torch.Tensor) -> torch.Tensor:
-        """float32 ``[2, groups]`` on the host, once the device gets there: `read`, and the peaks of `fused`.
-
-        fused: float32 ``[groups, vocab]``, the formulas' rows.  NaN and +inf in them become 0, so that the
-            sampler draws some token, which nobody will see.
-        """
-        peaks = torch.stack([read, fused.amax(-1)])
-        if fused.device.type == "cpu":
-            if not _sound(peaks).all():
-                _mend(fused)
-            return peaks
-        _mend(fused)
-        return torch.empty_like(peaks, device="cpu", pin_memory=True).copy_(peaks, non_blocking=True)
+    rows = logits.index_select(0, leaders)
+    peaks = rows.amax(-1).float()
+    if rows.device.type != "cpu" or not _sound(peaks).all():
+        logits.index_copy_(0, leaders, rows.nan_to_num_(nan=0.0, posinf=0.0, neginf=-torch.inf))
+    return torch.where(peaks < torch.inf, peaks, torch.nan)
 
 
-def _mend(fused: torch.Tensor) -> None:
-    fused.nan_to_num_(nan=0.0, posinf=0.0, neginf=-torch.inf)
+def to_host(peaks: torch.Tensor) -> torch.Tensor:
+    """The peaks on the host, once the device gets there."""
+    if peaks.device.type == "cpu":
+        return peaks
+    return torch.empty_like(peaks, device="cpu", pin_memory=True).copy_(peaks, non_blocking=True)
 
 
 def _sound(peaks: torch.Tensor) -> np.ndarray:
     """bool ``[groups]``; comparisons with NaN are false."""
-    read, fused = peaks.numpy()
-    found: np.ndarray = (read < np.inf) & (fused < np.inf) & (fused > -np.inf)
+    found: np.ndarray = np.isfinite(peaks.numpy())
     return found
 
 
-def _failure(read: float, fused: float) -> Failure:
-    """What is wrong with a group of these peaks."""
-    if not read < np.inf:
+def _failure(peak: float) -> Failure:
+    """What is wrong with a group of this peak."""
+    if np.isnan(peak):
         return Cause.LOGITS, "the logits of one of its terms hold NaN or +inf"
-    if not fused < np.inf:
+    if peak == np.inf:
         return Cause.LOGITS, "its energies are beyond what float32 holds"
     return Cause.FORBIDDEN, "it forbids every token"
 
@@ -76,7 +59,7 @@ class StepFailures(Mapping[str, Failure]):
 
     Args:
         known: what the host knew at once.
-        names, peaks: as of `Soundness`.
+        names, peaks: of groups that may have failed, their peaks on the host, or on their way there.
     """
 
     def __init__(
@@ -93,7 +76,7 @@ class StepFailures(Mapping[str, Failure]):
         peaks, self._peaks = self._peaks, None
         if peaks is not None:
             bad = np.flatnonzero(~_sound(peaks))
-            found = {self._names[i]: _failure(*peaks[:, i].tolist()) for i in bad}
+            found = {self._names[i]: _failure(peaks[i].item()) for i in bad}
             self._found = found | self._found  # what the host knew is the cause of the rest
         return self._found
 

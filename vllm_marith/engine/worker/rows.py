@@ -28,7 +28,7 @@ from .answers import Answers
 from .classifiers.rows import ClassifierRows
 from .classifiers.step import ClassifierStep
 from .evidence import Witness
-from .failures import Soundness, StepFailures
+from .failures import StepFailures, judge, to_host
 from .figures import FIGURES
 from .head import Head, HeadPlan, combinable
 from .pipelines import pipeline_of, routine_of
@@ -50,8 +50,7 @@ class RowPlan:
         head: groups that are combined before the LM head, if there are any; the rest after it.
         batch: the formulas of the step's other joint groups, at each of their positions.
         groups: those groups; one that checks k drafts stands here k + 1 times.
-        soundness: of all of them, those of `batch` first.
-        leaders: int64 ``[groups]``, the leader's row of logits, which receives the fused row.
+        names: of the groups of `groups`, then of those of `head`.
         followers: int64 ``[followers]``, request rows whose sampled tokens are replaced ...
         follower_leaders: int64 ``[followers]``, ... by those of this one.
         starts: of each request row, its first row of logits, and the number of all of these.
@@ -64,8 +63,7 @@ class RowPlan:
     head: HeadPlan | None
     batch: marith_kernels.StagedBatch
     groups: list[JointGroup]
-    soundness: Soundness
-    leaders: torch.Tensor
+    names: list[str]
     followers: torch.Tensor
     follower_leaders: torch.Tensor
     starts: np.ndarray
@@ -89,18 +87,18 @@ class RowPlan:
         for witness in self.witnesses:
             witness.before(logits)
         with FIGURES.fusing():
-            read = self.soundness.read(logits)
-            fused = self.batch.run(logits, external=self._write).logits
+            fused = (
+                logits.float()
+            )  # which the sampler works in anyway; rows of plain requests keep their values
+            peaks = self.batch.replace(logits, fused, external=self._write)
+            logits = fused
             if self.head:
-                fused = torch.cat([fused, logits.index_select(0, self.head.leaders).float()])
-            peaks = self.soundness.judge(read, fused)
-            # Sampling works in float32 anyway; rows of plain requests keep their values.
-            logits = logits.float()
-            logits = logits.index_copy_(0, self.leaders, fused)
+                peaks = torch.cat([peaks, judge(logits, self.head.leaders)])
+            peaks = to_host(peaks)
         for witness in self.witnesses:
             witness.after(logits)
         known = dict(self.broken) | (self.classifiers.failures if self.classifiers else {})
-        return logits, StepFailures(known, self.soundness.names, peaks)
+        return logits, StepFailures(known, self.names, peaks)
 
     def _write(
         self,
@@ -290,20 +288,11 @@ class RowPlans:
         head = None
         if head_programs:
             head = HeadPlan.build(head_programs, head_rows, int(starts[-1]), self.device)
-        # Of a group that is combined before the head, the leader's row is all that there is.
-        read = batched_rows + [rows[:1] for rows in head_rows]
-        most = max(map(len, read), default=1)
-        filled = [[*rows, *rows[:1] * (most - len(rows))] for rows in read]
-        planned = [*batched, *headed]
         return RowPlan(
             head,
             marith_kernels.StagedBatch.build(pipelines, batched_rows, self.device),
             batched,
-            Soundness(
-                [group.tag.group for group in planned],
-                index([row for rows in filled for row in rows]).view(-1, most),
-            ),
-            index([rows[0] for rows in read]),
+            [group.tag.group for group in (*batched, *headed)],
             index(followers),
             index(follower_leaders),
             starts,
