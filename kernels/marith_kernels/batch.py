@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from .program import DEBIAS, LOGADD, NUMBER, OP_BITS, POP_GATE, UNIFORM, WEIGHTLESS, Program
+from .program import NUMBER, WEIGHTLESS, Program
 
 NO_EXTRA = np.iinfo(np.int32).max  # `first_extra` of a batch that reads no extra rows
 
@@ -111,7 +111,6 @@ class Batch:
             code = code.to(device)
         views = torch.split(code, [p.size for p in parts])
         of_logits = of_term[of_term < first_extra]
-        new = np.isin(op & OP_BITS, (LOGADD, DEBIAS, POP_GATE)) | (op & WEIGHTLESS != 0) | (row == UNIFORM)
         return cls(
             programs=tuple(programs),
             rows=tuple(rows),
@@ -122,7 +121,8 @@ class Batch:
             lse_rows=tuple(lse_row.tolist()),
             n_longest=max(counts, default=0),
             any_divide=bool((flags & 2).any()),
-            extended=bool((new | (row >= first_extra)).any()) or bool((leader >= first_extra).any()),
+            extended=any(p.extended for p in programs)
+            or bool((row >= first_extra).any() or (leader >= first_extra).any()),
             code=code,
             offset=views[0],
             flags=views[1],

@@ -72,7 +72,7 @@ class Program:
     sum to a positive number.
     """
 
-    __slots__ = ("depth", "divide", "encoded", "instructions", "linear", "n_terms", "weightless")
+    __slots__ = ("depth", "divide", "encoded", "extended", "instructions", "linear", "n_terms", "weightless")
 
     def __init__(
         self,
@@ -95,6 +95,11 @@ class Program:
         self.encoded[0] = [op for op, _, _ in code]
         self.encoded[1] = [term for _, term, _ in code]
         self.encoded[2] = np.array([w for _, _, w in code], np.float32).view(np.int32)
+        # logadd, debias, pop_gate, UNIFORM or weightless leaves
+        rare = (LOGADD, DEBIAS, POP_GATE)
+        self.extended = any(
+            op & OP_BITS in rare or op & WEIGHTLESS != 0 or term == UNIFORM for op, term, _ in code
+        )
 
     def __repr__(self) -> str:
         steps = "; ".join(f"{i.op} {i.term} {i.weight:g}" for i in self.instructions)

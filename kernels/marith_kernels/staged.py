@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -93,6 +93,10 @@ class StagedBatch:
         for g, pipeline in enumerate(pipelines):
             if len(rows[g]) < pipeline.n_terms:
                 raise ValueError(f"Group {g} needs {pipeline.n_terms} rows and has {len(rows[g])}.")
+        if all(len(p.stages) == 1 and p.stages[0].kind == "fuse" for p in pipelines):
+            programs = [cast(Program, pipeline.stages[0].program) for pipeline in pipelines]
+            batch = Batch.build(programs, rows, device)
+            return cls(tuple(pipelines), (), batch, (), batch.n_rows, 0, False, tuple(rows))
         return _Builder(pipelines, rows, device).build()
 
     def run(

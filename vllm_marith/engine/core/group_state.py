@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -16,6 +18,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_marith.plan import decode
 
 from ..group import KEY, GroupSpec, member_tags
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -49,6 +53,12 @@ class Group:
 
     def __post_init__(self) -> None:
         self.ids = tuple(m.request_id for m in self.members)
+        self._pick = itemgetter(*self.ids)
+
+    def pick(self, by_id: Mapping[str, T]) -> tuple[T, ...]:
+        """The members' values in a table, leader first; KeyError if one has none."""
+        found = self._pick(by_id)
+        return found if len(self.ids) > 1 else (found,)
 
     @property
     def leader(self) -> Request:

@@ -6,7 +6,7 @@ ended it, and never appear in an output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -144,12 +144,16 @@ class GroupLifecycle(_Base):
     def _check_tied(self, model_runner_output: ModelRunnerOutput) -> None:
         """Every member of a group got its leader's tokens, or the group fails."""
         sampled, row_of = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
-        for name in row_of if sampled and self.groups else ():
-            group = self.groups.get(name)
-            if group is not None:
+        if not sampled:
+            return
+        for group in [group for name, group in self.groups.items() if name in row_of]:
+            try:
+                rows: Sequence[int] = group.pick(row_of)
+                tokens = [sampled[row] for row in rows]
+            except KeyError:
                 tokens = [sampled[row_of[i]] if i in row_of else [] for i in group.ids]
-                if tokens.count(tokens[0]) != len(tokens):
-                    self._fail(group.leader, Cause.TORN, "its members did not get the same token")
+            if tokens.count(tokens[0]) != len(tokens):
+                self._fail(group.leader, Cause.TORN, "its members did not get the same token")
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         group = self._group_of.get(request.request_id)

@@ -21,7 +21,7 @@ Source: vllm/v1/core/sched/scheduler.py; every method overridden or read here st
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice, pairwise
 from typing import TYPE_CHECKING, Any
@@ -130,11 +130,12 @@ class GroupMixin(SpeculativeLifecycle):
             return output
         self._find_joint(throttle_prefills)
         self._order_running()
-        decoding = [r for r in self.running if self._decodes(r)]
-        self._fit_drafts(decoding)
-        if self._num_late:
-            taken = sum(1 + len(r.spec_token_ids) for r in decoding)
-            self._prefill_allowance = self.max_num_scheduled_tokens - taken - self._num_late
+        if self._num_late or self.num_spec_tokens:
+            decoding = [r for r in self.running if self._decodes(r)]
+            self._fit_drafts(decoding)
+            if self._num_late:
+                taken = sum(1 + len(r.spec_token_ids) for r in decoding)
+                self._prefill_allowance = self.max_num_scheduled_tokens - taken - self._num_late
         preempted = self._make_room()
         if not preempted and self.pause_state == PauseState.UNPAUSED:
             self._release()
@@ -230,19 +231,16 @@ class GroupMixin(SpeculativeLifecycle):
         The rules above leave vLLM no reason to tear a group.  Should it do so all the same, then
         no client may see a token that the formula did not choose.
         """
-        tokens_of = output.num_scheduled_tokens.get
-        joint = []
-        for group in self._released.values():
-            if group.joint:
-                counts = [n for i in group.ids if (n := tokens_of(i)) is not None]
-                # With its drafts, a group takes the same number of tokens in each of its rows.
-                joint.append((group, max(map(counts.count, counts), default=0)))
-        if rows := sum(present for _, present in joint):
-            self.figures.fused_rows[rows] += 1
-        for group, present in joint:
+        tokens = output.num_scheduled_tokens
+        fused = 0
+        for group in [group for group in self._released.values() if group.joint]:
+            present = _whole(tokens, group)
+            fused += present
             if present not in (0, len(group.ids)):
                 reason = f"{present} of {len(group.ids)} members were scheduled"
                 self._fail(group.leader, Cause.TORN, reason)
+        if fused:
+            self.figures.fused_rows[fused] += 1
         for group in list(self._torn.values()):
             if group.name in self._released:
                 self._preempt_group(group)
@@ -343,6 +341,18 @@ class GroupMixin(SpeculativeLifecycle):
             for group in list(self._released.values()):
                 self._preempt_group(group, drop_stale_output=True)
         return super().reset_prefix_cache(reset_running_requests, reset_connector)
+
+
+def _whole(tokens: Mapping[str, int], group: Group) -> int:
+    """Members of a group that a step computes alike: with its drafts, as many tokens in each of its rows."""
+    try:
+        counts: Sequence[int] = group.pick(tokens)
+    except KeyError:
+        counts = [tokens[i] for i in group.ids if i in tokens]
+    if not counts:
+        return 0
+    number = counts.count(counts[0])
+    return number if number == len(counts) else max(map(counts.count, counts))
 
 
 class GroupScheduler(GroupMixin, Scheduler):

@@ -190,6 +190,7 @@ class RowPlans:
         self.key: tuple[list[str], np.ndarray, np.ndarray] | None = None
         self.groups: list[JointGroup] = []
         self.broken: dict[str, Failure] = {}
+        self.tags: Tags = {}
         self.positions: list[tuple[JointGroup, int]] = []  # every group with 0, 1, ... drafted tokens ahead
         self.steered: list[MemberTag] = []  # of the groups that have classifiers
         self.turns = False  # whether any group has a dial
@@ -227,7 +228,7 @@ class RowPlans:
             and np.array_equal(self.key[2], drafted)
         )
         if not known:
-            self.groups, self.broken = _joint_groups(request_ids, discarded, extra_args)
+            self.groups, self.broken, self.tags = _joint_groups(request_ids, discarded, extra_args, self.tags)
             self.positions = [(g, ahead) for g in self.groups for ahead in range(drafted[g.rows[0]] + 1)]
             self.steered = [group.tag for group in self.groups if group.tag.classifiers]
             self.turns = any(group.routine.dials for group in self.groups)
@@ -245,6 +246,8 @@ class RowPlans:
 
     def _turn(self, lengths: np.ndarray, step: ClassifierStep | None) -> list[tuple[float, ...]]:
         """The values of every group's dials at each of its positions."""
+        if not self.turns:
+            return [()] * len(self.positions)
         asked = [(group.tag, dial.classifier.name) for group in self.groups for dial in group.strengths]
         found = step.probabilities(asked) if step is not None and asked else {}
         return [group.dials(lengths, ahead, found) for group, ahead in self.positions]
@@ -258,7 +261,7 @@ class RowPlans:
         for (group, ahead), dials in zip(self.positions, self.dials, strict=True):
             rows = [int(starts[row]) + ahead for row in group.rows]
             # The values of probabilities do not come again.
-            find = pipeline_of.__wrapped__ if group.strengths else pipeline_of
+            find = pipeline_of.__wrapped__ if dials and group.strengths else pipeline_of
             try:
                 pipeline = find(group.tag.routine, dials)
             except Exception as error:
@@ -325,10 +328,20 @@ def _unexpected(error: Exception) -> Failure:
     return Cause.ERROR, f"its formula could not be computed: {type(error).__name__}"
 
 
+Tags = dict[str, tuple[Mapping[str, Any], MemberTag, Routine]]
+"""Of each group the wire of its leader, and what that says."""
+
+
 def _joint_groups(
-    request_ids: Sequence[str], discarded: np.ndarray, extra_args: Callable[[str], dict[str, Any] | None]
-) -> tuple[list[JointGroup], dict[str, Failure]]:
-    """The groups that sample in a step, and those of which it has only a part or which cannot be read."""
+    request_ids: Sequence[str],
+    discarded: np.ndarray,
+    extra_args: Callable[[str], dict[str, Any] | None],
+    known: Tags,
+) -> tuple[list[JointGroup], dict[str, Failure], Tags]:
+    """The groups that sample in a step, and those of which it has only a part or which cannot be read.
+
+    known: of an earlier step; reading a wire again would take most of the time.  Returned as of this one.
+    """
     members: dict[str, dict[int, int]] = {}  # group -> member -> row
     leaders: dict[str, Mapping[str, Any]] = {}
     for row, request_id in enumerate(request_ids):
@@ -338,7 +351,8 @@ def _joint_groups(
             members.setdefault(wire["group"], {})[wire["index"]] = row
             if wire["index"] == 0:
                 leaders[wire["group"]] = wire
-    groups = []
+    groups: list[JointGroup] = []
+    tags: Tags = {}
     # The scheduler never sends a part of a group; it fails the group there if it ever does.
     broken: dict[str, Failure] = {
         name: (Cause.TORN, f"the worker had {len(row_of)} of its members, without the leader")
@@ -351,10 +365,13 @@ def _joint_groups(
             broken[name] = Cause.TORN, f"the worker had {len(row_of)} of its {wire['size']} members"
             continue
         try:
-            tag = MemberTag.from_wire(wire)
-            rows = [row_of[i] for i in range(tag.size)]
-            ids = [request_ids[row] for row in rows]
-            groups.append(JointGroup(ids, rows, tag, routine_of(tag.routine)))
+            found = known.get(name)
+            if found is None or found[0] is not wire:  # a name may come again with another formula
+                tag = MemberTag.from_wire(wire)
+                found = wire, tag, routine_of(tag.routine)
+            rows = [row_of[i] for i in range(wire["size"])]
+            groups.append(JointGroup([request_ids[row] for row in rows], rows, *found[1:]))
+            tags[name] = found
         except Exception as error:
             broken[name] = _unexpected(error)
-    return groups, broken
+    return groups, broken, tags
