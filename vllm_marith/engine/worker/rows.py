@@ -187,7 +187,7 @@ class RowPlans:
         self.device = device
         self.classifiers = classifiers
         self.combine_hidden_states = combine_hidden_states
-        self.key: tuple[list[str], np.ndarray, np.ndarray] | None = None
+        self.key: tuple[list[str], bytes, bytes] | None = None
         self.groups: list[JointGroup] = []
         self.broken: dict[str, Failure] = {}
         self.tags: Tags = {}
@@ -221,18 +221,14 @@ class RowPlans:
             drafted: int ``[rows]``, drafted tokens that each request checks in this step; none by default.
         """
         drafted = np.zeros(len(request_ids), np.int64) if drafted is None else drafted
-        known = (
-            self.key is not None
-            and self.key[0] == request_ids
-            and np.array_equal(self.key[1], discarded)
-            and np.array_equal(self.key[2], drafted)
-        )
+        key = request_ids, discarded.tobytes(), drafted.tobytes()
+        known = key == self.key
         if not known:
             self.groups, self.broken, self.tags = _joint_groups(request_ids, discarded, extra_args, self.tags)
             self.positions = [(g, ahead) for g in self.groups for ahead in range(drafted[g.rows[0]] + 1)]
             self.steered = [group.tag for group in self.groups if group.tag.classifiers]
             self.turns = any(group.routine.dials for group in self.groups)
-            self.key = (list(request_ids), discarded.copy(), drafted.copy())
+            self.key = (list(request_ids), *key[1:])
         step = None
         if self.steered:
             assert self.classifiers is not None
