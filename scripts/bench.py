@@ -1,17 +1,24 @@
 """What formulas cost, measured on this machine in one run.
 
-    python scripts/bench.py [--model DIR] [--repeats N] [--output FILE]
+    python scripts/bench.py [--model DIR] [--repeats N] [--only SECTION ...] [--output FILE] [--plot FILE.png]
+    python scripts/bench.py --from FILE --plot FILE.png
 
-Three tables, then one JSON line:
+Six tables, then one JSON line:
 
-1. *Throughput*: N concurrent formulas of three terms, against plain vLLM with as many requests as
-   the groups have members (the same rows, so the lower bound of the cost), in the same engine and
-   alternating, and against a straightforward Hugging Face loop (one formula after the other).
-2. *Hook cost*: microseconds that this package adds to one engine step, by part, at 1, 32 and 128
-   groups of three, and their share of the step.
-3. *Fusion*: see scripts/bench_kernels.py, which measures the kernels alone.
+    concurrency   N formulas of three terms at a time, with their latencies, beside plain vLLM with as many
+                  requests as the groups have members (the same rows: the least that a formula can cost) and
+                  plain vLLM with as many requests
+    terms         formulas of 1 to 8 terms, beside the same rows
+    vocabulary    the same model with vocabularies up to 128,256, random weights, beside the same rows
+    traffic       answers of 16 to 112 tokens; as soon as one ends the next is asked for, so that groups end
+                  and others are let in all the time, beside the same rows
+    step          microseconds that this package adds to an engine step, by part, and their share of it
+    peers         classifier-free guidance: transformers' own, and a loop over transformers (bench_peers.py)
 
-Ratios are taken pair by pair between neighbouring repetitions: machines drift, ratios do not.
+The kernels alone are measured by scripts/bench_kernels.py.
+
+The sides of a comparison run in one engine and take turns.  Ratios are speeds of formulas over the other
+side's, by neighbouring runs, median and quartiles: machines drift, ratios do not.
 """
 
 from __future__ import annotations
@@ -21,24 +28,29 @@ import functools
 import json
 import os
 import platform
-import statistics
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import bench_peers
+from measuring import figure, work
+from measuring.hooks import step_cost
+from measuring.runs import in_turns, latencies, ratio, run, speed
+
 TERMS = 3
-FORMULA = "child - 0.6*adult + 2*union(child, magic)"
-SYSTEMS = {
-    "child": "You are a child.",
-    "adult": "You are an adult, and you answer in long sentences.",
-    "magic": "Always talk about magic and nothing else.",
-}
 CONCURRENT = (1, 8, 32)
-STEP_GROUPS = (1, 32, 128)
+FORMULAS = 8
+"""At a time, where something else varies."""
+
+NUMBERS_OF_TERMS = (1, 2, 3, 4, 8)
+VOCABULARIES = (2048, 32_000, 128_256)
+STEP_GROUPS = (1, 8, 32, 128)
+TRAFFIC_CONCURRENT = (8, 32)
+TRAFFIC_LENGTHS = (16, 112)
+TRAFFIC_TIMES = 4
+"""Requests for each one in flight."""
 
 
 def main() -> None:
@@ -47,215 +59,189 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, help="a model directory; default: the embedded `big` model")
     parser.add_argument("--tokens", type=int, default=64, help="generated tokens per request")
-    parser.add_argument("--repeats", type=int, default=5, help="alternating repetitions of each pair")
+    parser.add_argument("--repeats", type=int, default=7, help="turns of each side")
+    parser.add_argument("--seed", type=int, default=0, help="of the lengths of answers in the traffic")
+    parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     parser.add_argument("--output", type=Path, help="file for the JSON result")
+    parser.add_argument("--plot", type=Path, help="file for the figure, PNG or SVG")
+    parser.add_argument("--from", dest="source", type=Path, help="plot this result and measure nothing")
     arguments = parser.parse_args()
+    if arguments.source:
+        result = json.loads(arguments.source.read_text())
+    else:
+        result = measure(arguments)
+        line = json.dumps(result)
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(line + "\n")
+        print(line)
+    if arguments.plot:
+        figure.draw(result, arguments.plot)
 
-    from vllm_marith.engine.offline import offline_llm
 
-    model = arguments.model or embedded_model()
-    rows = max(STEP_GROUPS) * TERMS
-    llm = offline_llm(
-        str(model),
-        max_num_seqs=rows,
-        max_model_len=256,
-        kv_cache_memory_bytes=1 << 30,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-    )
-    bench = Bench(llm, arguments.tokens, arguments.repeats)
-    throughput = [bench.throughput(n) for n in CONCURRENT]
-    loop = huggingface_tokens_per_second(model, arguments.tokens)
-    for row in throughput:
-        row["over_huggingface_loop"] = round(row["formula_tokens_per_s"] / loop, 2)
-    print_table(
-        f"throughput ({arguments.tokens} tokens each, Hugging Face loop: {loop:.0f} tokens/s)", throughput
-    )
-    steps = [bench.step_cost(n) for n in STEP_GROUPS]
-    print_table("hook cost of one step (microseconds, groups of three)", steps)
-
-    result = {
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    model = arguments.model or work.embedded_model()
+    result: dict[str, Any] = {
         "benchmark": "formulas",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("vllm", "torch", "transformers")},
         "model": model.name,
-        "huggingface_loop_tokens_per_s": round(loop, 1),
-        "throughput": throughput,
-        "step": steps,
+        "tokens": arguments.tokens,
+        "repeats": arguments.repeats,
+        "seed": arguments.seed,
     }
-    line = json.dumps(result)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(line + "\n")
-    print(line)
-
-
-def embedded_model() -> Path:
-    from vllm_marith.models import ensure
-
-    return ensure(only=["big"]).big
+    bench = Bench(model, arguments.tokens, arguments.repeats, arguments.seed)
+    for name in arguments.only:
+        result[name] = SECTIONS[name](bench)
+        print_section(name, result[name])
+    return result
 
 
 class Bench:
-    """Measurements in one in-process engine."""
+    """The measurements, in one in-process engine that is started when it is needed."""
 
-    def __init__(self, llm: Any, tokens: int, repeats: int) -> None:
-        from vllm_marith import Formula
+    def __init__(self, model: Path, tokens: int, repeats: int, seed: int) -> None:
+        self.model, self.tokens, self.repeats, self.seed = model, tokens, repeats, seed
+        self.make = work.Maker([tokens])
+        self.others: list[Any] = []  # an engine that ends takes what others in the process need with it
 
-        self.llm, self.tokens, self.repeats = llm, tokens, repeats
-        terms = {name: {"system": text} for name, text in SYSTEMS.items()}
-        self.formula = Formula.parse(FORMULA, terms)
-        assert len(self.formula.terms) == TERMS
+    @functools.cached_property
+    def llm(self) -> Any:
+        return engine(self.model, TERMS * max(STEP_GROUPS))
 
-    def formulas(self, n: int) -> tuple[list[str], list[Any]]:
-        params = self.formula.sampling_params(**self.sampling())
-        return [f"go on, {i}" for i in range(n)], [params] * n
+    def concurrency(self) -> list[dict[str, Any]]:
+        return [self._concurrency(number) for number in CONCURRENT]
 
-    def plain(self, n: int) -> tuple[list[str], list[Any]]:
-        """The requests that the members of n groups would be on their own."""
-        from vllm import SamplingParams
-
-        texts = [f"{system}\ngo on, {i}" for i in range(n) for system in SYSTEMS.values()]
-        return texts, [SamplingParams(**self.sampling())] * len(texts)
-
-    def sampling(self) -> dict[str, Any]:
-        return dict(temperature=0, max_tokens=self.tokens, ignore_eos=True)
-
-    def seconds(self, work: tuple[list[str], list[Any]]) -> float:
-        texts, params = work
-        start = time.perf_counter()
-        self.llm.generate(texts, params, use_tqdm=False)
-        return time.perf_counter() - start
-
-    def throughput(self, n: int) -> dict[str, Any]:
-        formulas, plain = self.formulas(n), self.plain(n)
-        self.seconds(formulas), self.seconds(plain)  # warm
-        pairs = [(self.seconds(formulas), self.seconds(plain)) for _ in range(self.repeats)]
-        ratios = sorted(b / a for a, b in pairs)
+    def _concurrency(self, number: int) -> dict[str, Any]:
+        sides = {
+            "formulas": self.make.formulas(number, TERMS),
+            "same_rows": self.make.same_rows(number, TERMS),
+            "same_requests": self.make.same_requests(number),
+        }
+        runs = in_turns(
+            {name: functools.partial(run, self.llm, side) for name, side in sides.items()}, self.repeats
+        )
         return {
-            "concurrent": n,
-            "formula_tokens_per_s": round(n * self.tokens / statistics.median(a for a, _ in pairs), 1),
-            "plain_same_rows_tokens_per_s": round(
-                n * self.tokens / statistics.median(b for _, b in pairs), 1
-            ),
-            "ratio": round(statistics.median(ratios), 3),
-            "ratio_min": round(ratios[0], 3),
-            "ratio_max": round(ratios[-1], 3),
+            "concurrent": number,
+            "tokens_per_s": {name: speed(runs[name], side.tokens) for name, side in sides.items()},
+            "over_same_rows": ratio(runs["formulas"], runs["same_rows"]),
+            "over_same_requests": ratio(runs["formulas"], runs["same_requests"]),
+            "latency": {name: latencies(side) for name, side in runs.items()},
         }
 
-    def step_cost(self, n: int) -> dict[str, Any]:
-        with timed(self.llm.llm_engine.engine_core.engine_core) as spent:
-            self.seconds(self.formulas(n))
-        steps = spent.calls["step"]
-        each = {name: seconds / steps * 1e6 for name, seconds in spent.seconds.items()}
-        ours = {
-            "schedule": each["schedule"] - each["vllm_schedule"],
-            "update": each["update"] - each["vllm_update"],
-            "plan": each["plan"],
-            "fuse": each["fuse"],
-            "tie": each["tie"],
-        }
-        total = sum(ours.values())
+    def terms(self) -> list[dict[str, Any]]:
+        return [
+            {"terms": terms, **self._beside_rows(self.llm, FORMULAS, terms, self.make)}
+            for terms in NUMBERS_OF_TERMS
+        ]
+
+    def vocabulary(self) -> list[dict[str, Any]]:
+        found = []
+        for size in VOCABULARIES:
+            with tempfile.TemporaryDirectory() as home:
+                llm = engine(work.with_vocabulary(self.model, size, Path(home)), TERMS * FORMULAS)
+            self.others.append(llm)
+            beside = self._beside_rows(llm, FORMULAS, TERMS, self.make)
+            found.append({"vocabulary": size, **beside})
+        return found
+
+    def traffic(self) -> list[dict[str, Any]]:
+        found = []
+        for number in TRAFFIC_CONCURRENT:
+            lengths = work.different_lengths(number * TRAFFIC_TIMES, *TRAFFIC_LENGTHS, seed=self.seed)
+            beside = self._beside_rows(
+                self.llm, number * TRAFFIC_TIMES, TERMS, work.Maker(lengths), in_flight=number
+            )
+            found.append({"concurrent": number, "requests": len(lengths), **beside})
+        return found
+
+    def _beside_rows(
+        self, llm: Any, number: int, terms: int, make: work.Maker, in_flight: int | None = None
+    ) -> dict[str, Any]:
+        formulas, plain = make.formulas(number, terms), make.same_rows(number, terms)
+        runs = in_turns(
+            {
+                "formulas": lambda: run(llm, formulas, in_flight),
+                "same_rows": lambda: run(llm, plain, in_flight),
+            },
+            self.repeats,
+        )
         return {
-            "groups": n,
-            **{name: round(us, 1) for name, us in ours.items()},
-            "total": round(total, 1),
-            "step": round(each["step"]),
-            "share": round(total / each["step"], 4),
+            "formulas_tokens_per_s": speed(runs["formulas"], formulas.tokens),
+            "same_rows_tokens_per_s": speed(runs["same_rows"], plain.tokens),
+            "over_same_rows": ratio(runs["formulas"], runs["same_rows"]),
         }
 
+    def step(self) -> list[dict[str, Any]]:
+        found = []
+        for groups in STEP_GROUPS:
+            formulas = self.make.formulas(groups, TERMS)
+            run(self.llm, formulas)  # warm
+            found.append({"groups": groups, **step_cost(self.llm, formulas)})
+        return found
 
-class Spent:
-    """Seconds and calls by name."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.calls: defaultdict[str, int] = defaultdict(int)
-
-    def clock(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def clocked(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[name] += time.perf_counter() - start
-                self.calls[name] += 1
-
-        return clocked
+    def peers(self) -> dict[str, Any]:
+        return bench_peers.measure(self.model, self.tokens, self.repeats)
 
 
-@contextmanager
-def timed(core: Any) -> Iterator[Spent]:
-    """Clocks around our functions and the vLLM functions inside them, for the duration.
-
-    core: the engine's ``EngineCore``, which keeps its step as a bound method.
-    """
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    from vllm_marith.engine.core.scheduler import GroupScheduler
-    from vllm_marith.engine.worker.rows import RowPlan, RowPlans
-
-    spent = Spent()
-    places = [
-        (core, "step_fn", "step"),
-        (GroupScheduler, "schedule", "schedule"),
-        (Scheduler, "schedule", "vllm_schedule"),
-        (GroupScheduler, "update_from_output", "update"),
-        (Scheduler, "update_from_output", "vllm_update"),
-        (RowPlans, "plan_step", "plan"),
-        (RowPlan, "fuse", "fuse"),
-        (RowPlan, "tie", "tie"),
-    ]
-    own = [(owner, attribute, owner.__dict__.get(attribute)) for owner, attribute, _ in places]
-    for owner, attribute, name in places:
-        setattr(owner, attribute, spent.clock(name, getattr(owner, attribute)))
-    try:
-        yield spent
-    finally:
-        for owner, attribute, original in own:
-            if original is None:
-                delattr(owner, attribute)
-            else:
-                setattr(owner, attribute, original)
+SECTIONS: dict[str, Callable[[Bench], Any]] = {
+    "concurrency": Bench.concurrency,
+    "terms": Bench.terms,
+    "vocabulary": Bench.vocabulary,
+    "traffic": Bench.traffic,
+    "step": Bench.step,
+    "peers": Bench.peers,
+}
 
 
-def huggingface_tokens_per_second(model: Path, tokens: int) -> float:
-    """One formula at a time: a forward and a key-value cache per term, then the formula in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def engine(model: Path, rows: int) -> Any:
+    from vllm_marith.engine.offline import offline_llm
 
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    prompts = [tokenizer(f"{text}\ngo on, 0", return_tensors="pt").input_ids for text in SYSTEMS.values()]
-
-    @torch.inference_mode()
-    def run() -> float:
-        caches: list[Any] = [None] * TERMS
-        inputs = prompts
-        start = time.perf_counter()
-        for _ in range(tokens):
-            rows = []
-            for i, ids in enumerate(inputs):
-                output = network(ids, past_key_values=caches[i], use_cache=True)
-                caches[i] = output.past_key_values
-                rows.append(output.logits[0, -1].log_softmax(-1))
-            child, adult, magic = rows
-            energy = (child - 0.6 * adult + 2 * torch.maximum(child, magic)) / 2.4
-            inputs = [energy.argmax().view(1, 1)] * TERMS
-        return tokens / (time.perf_counter() - start)
-
-    run()
-    return statistics.median(run() for _ in range(3))
+    return offline_llm(
+        str(model),
+        max_num_seqs=rows,
+        max_model_len=256,
+        kv_cache_memory_bytes=rows * (3 << 20),
+        enable_prefix_caching=False,
+        disable_log_stats=False,  # which knows when each request's tokens came
+    )
 
 
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    print(f"\n{title}")
+def print_section(name: str, rows: Any) -> None:
+    print(f"\n{name}")
+    if name == "peers":
+        bench_peers.print_table(rows)
+    else:
+        print_table([_cells(row) for row in rows])
+    if name == "concurrency":
+        print("\nmilliseconds to the first token and for each later one, median and 99th percentile")
+        print_table(
+            [
+                {"concurrent": row["concurrent"], "side": side, **found}
+                for row in rows
+                for side, found in row["latency"].items()
+            ]
+        )
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
     print("  ".join(key.rjust(width) for key, width in widths.items()))
     for row in rows:
         print("  ".join(str(row[key]).rjust(width) for key, width in widths.items()), flush=True)
-    print()
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a section for its table: ratios in a cell, speeds in one each, latencies left to their own."""
+    found: dict[str, Any] = {}
+    for key, value in row.items():
+        if key.startswith("over_"):
+            found[key] = "{median:.3f} ({low:.3f} to {high:.3f})".format_map(value)
+        elif key == "tokens_per_s":
+            found |= {f"{side}_tokens_per_s": speed for side, speed in value.items()}
+        elif key != "latency":
+            found[key] = value
+    return found
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What `scripts/bench.py` measures with: work, runs of it, the hooks' share, a figure."""
