@@ -6,7 +6,7 @@ ended it, and never appear in an output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -146,13 +146,15 @@ class GroupLifecycle(_Base):
         sampled, row_of = model_runner_output.sampled_token_ids, model_runner_output.req_id_to_index
         if not sampled:
             return
-        for group in [group for name, group in self.groups.items() if name in row_of]:
+        # Of the groups in this step; those that wait may be many more.
+        for group in [group for name in row_of if (group := self.groups.get(name)) is not None]:
             try:
-                rows: Sequence[int] = group.pick(row_of)
-                tokens = [sampled[row] for row in rows]
-            except KeyError:
-                tokens = [sampled[row_of[i]] if i in row_of else [] for i in group.ids]
-            if tokens.count(tokens[0]) != len(tokens):
+                first, *others = group.pick(row_of)
+                token = sampled[first]
+                tied = all(sampled[row] == token for row in others)
+            except KeyError:  # a member is not there
+                tied = not any(sampled[row_of[i]] for i in group.ids if i in row_of)
+            if not tied:
                 self._fail(group.leader, Cause.TORN, "its members did not get the same token")
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
