@@ -53,3 +53,11 @@ def test_mistakes_are_sentences():
         settings(presets=[str(SHIPPED), 3])
     with pytest.raises(PresetError, match="nowhere: no such file or directory"):
         settings(presets=[str(SHIPPED), "nowhere"]).load_presets()
+
+
+def test_the_default_preset_is_one_of_them():
+    assert settings(presets=str(SHIPPED), default_preset="cfg").load_presets()
+    with pytest.raises(PresetError, match="default_preset: there is no preset 'cgf'; there are: cad, cfg, "):
+        settings(presets=str(SHIPPED), default_preset="cgf").load_presets()
+    with pytest.raises(ValueError, match=r"additional_config: marith\.default_preset: .*a name has"):
+        settings(default_preset="1*base + angry").load_presets()

@@ -286,15 +286,16 @@ def test_a_conversation_in_the_terminal(url: str, client: openai.OpenAI) -> None
 
 
 def test_several_api_servers(tiny_model: Path, tmp_path: Path) -> None:
-    """Each counts its part of the figures, and a reload of one, or a signal to their parent, reaches all."""
+    """Each counts its part of the figures, and a reload of one, or a signal to their parent, reaches all.
+
+    This server has a default preset, too.
+    """
     presets = tmp_path / "presets"
     presets.mkdir()
     (presets / "steer.yaml").write_text("terms: {loud: {system: SHOUT.}}\nformula: base - 0.3*loud\n")
+    settings = {"presets": str(presets), "default_preset": "steer"}
     options = ("--api-server-count", "2")
-    with server.serve_process(tiny_model, tmp_path / "log", {"presets": str(presets)}, *options) as (
-        url,
-        pid,
-    ):
+    with server.serve_process(tiny_model, tmp_path / "log", settings, *options) as (url, pid):
 
         def listed() -> set[int]:
             """How many models the servers list: each of a dozen connections may reach another of them."""
@@ -321,3 +322,23 @@ def test_several_api_servers(tiny_model: Path, tmp_path: Path) -> None:
         new.unlink()
         os.kill(pid, signal.SIGHUP)
         wait_for(lambda: listed() == {2})
+
+        assert_default(client, "steer")
+        (presets / "steer.yaml").unlink()
+        with pytest.raises(urllib.error.HTTPError, match="400") as refused:
+            post(url, "/v1/marith/reload")
+        assert "there is no preset 'steer'" in refused.value.read().decode()
+
+
+def assert_default(client: openai.OpenAI, preset: str) -> None:
+    """The served model's own name stands for the preset, and the formula `base` for the model."""
+    ask = client.completions.with_raw_response.create
+    silent = ask(model="tiny", prompt=TEXT, **GREEDY, extra_body=LONG)
+    named = ask(model=preset, prompt=TEXT, **GREEDY, extra_body=LONG)
+    plain = ask(model="tiny", prompt=TEXT, **GREEDY, extra_body=own("base"))
+    assert [answer.headers["x-marith-members"] for answer in (silent, named, plain)] == ["2", "2", "1"]
+    texts = [answer.parse().choices[0].text for answer in (silent, named, plain)]
+    assert texts[0] == texts[1] != texts[2]
+    assert silent.parse().model == "tiny"
+    with pytest.raises(openai.BadRequestError, match="beam search cannot be combined with a formula"):
+        client.completions.create(model="tiny", prompt=TEXT, n=2, extra_body={"use_beam_search": True})

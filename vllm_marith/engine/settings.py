@@ -80,6 +80,7 @@ class Settings(BaseModel):
 
     Attributes:
         presets: directories of preset files, or single files; see `vllm_marith.language.presets`.
+        default_preset: what requests are served with that name neither a formula nor an adapter.
         limits: bounds on what one request may ask for.
         classifiers: name -> sequence classifier that terms may use.
         max_classifier_texts: texts that all classifiers together may read for one token of one request.
@@ -98,6 +99,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     presets: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = ()
+    default_preset: Name | None = None
     limits: Limits = Field(default_factory=Limits)
     classifiers: dict[Name, ClassifierSettings] = Field(default_factory=dict)
     max_classifier_texts: Annotated[int, Field(ge=1, strict=True)] = 256
@@ -183,9 +185,15 @@ class Settings(BaseModel):
 
         Raises:
             PresetError: a file is wrong, and the sentence names file, line and reason; or a preset needs a
-                model or classifier that these settings do not name, or speculation that is not to be had.
+                model or classifier that these settings do not name, or speculation that is not to be had; or
+                there is no `default_preset`.
         """
         presets = Presets.load(*self.presets)
+        if self.default_preset is not None and self.default_preset not in presets.presets:
+            listed = ", ".join(sorted(presets.presets)) or "none"
+            raise PresetError(
+                f"default_preset: there is no preset '{self.default_preset}'; there are: {listed}"
+            )
         for name, formula in presets.formulas.items():
             for label, term in formula.terms.items():
                 for kind, named, known in (

@@ -16,7 +16,7 @@ from ..group import EXPLAIN, KEY
 from ..plugin import PROCESSOR
 from .account import ACCOUNT, Account, Explained
 from .adapters import Adapters
-from .admission import admission_of, refuse, refuse_grammar
+from .admission import Admission, admission_of, refuse, refuse_grammar
 from .source import SOURCE, Chat, Completion
 
 _RENDERER = "vllm.renderers.base:BaseRenderer"
@@ -112,7 +112,12 @@ def _admit_before_response(preprocess: Any) -> Any:
     @functools.wraps(preprocess)
     async def admitting(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         xargs = getattr(request, "vllm_xargs", None) or {}
+        admission = admission_of(self.renderer)
+        adapter = admission.adapters.known.get(getattr(request, "model", None) or "")
         value = xargs.get(KEY)
+        generates = hasattr(request, "vllm_xargs")  # others are about the base model's text
+        if value is None and generates and adapter is None:
+            value = admission.settings.default_preset
         account = ACCOUNT.get()
         if value is not None and getattr(request, "use_beam_search", False):
             refuse("beam search cannot be combined with a formula")
@@ -128,8 +133,6 @@ def _admit_before_response(preprocess: Any) -> Any:
             bool(getattr(request, "echo", False)) and bool(getattr(request, "logprobs", None))
         )
         seeded = getattr(request, "seed", None) is not None
-        admission = admission_of(self.renderer)
-        adapter = admission.adapters.known.get(getattr(request, "model", None) or "")
         for engine_input in engine_inputs:
             # Rendering many terms takes a while; the event loop serves the others meanwhile.
             admit = functools.partial(admission.admit, seeded=seeded, explained=explain)
@@ -170,15 +173,18 @@ def _check_explainable(request: Any, engine_inputs: Any, account: Account | None
 def _expand(process_inputs: Any) -> Any:
     @functools.wraps(process_inputs)
     def expanding(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        extra_args = getattr(params, "extra_args", None)
-        if not extra_args or KEY not in extra_args:
-            request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-            _run_on_its_model(self, request)
-            return request
+        extra_args = getattr(params, "extra_args", None) or {}
         if PROCESSOR not in (self.model_config.logits_processors or ()):
-            # Another engine of this process serves formulas; to this one the key means nothing.
             request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-            request.sampling_params.extra_args = {k: v for k, v in extra_args.items() if k != KEY}
+            if KEY in extra_args:
+                # Another engine of this process serves formulas; to this one the key means nothing.
+                request.sampling_params.extra_args = {k: v for k, v in extra_args.items() if k != KEY}
+            return request
+        admission = admission_of(self.renderer)
+        default = admission.settings.default_preset
+        if KEY not in extra_args and default is None:
+            request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+            _run_on_its_model(admission, request)
             return request
         if not isinstance(prompt, dict) or "type" not in prompt:
             # vLLM still renders raw prompts in here, out of our sight: do it before.
@@ -186,20 +192,24 @@ def _expand(process_inputs: Any) -> Any:
             tok_params = self.renderer.default_cmpl_tok_params.with_kwargs(**tokenization)
             (prompt,) = self.renderer.render_cmpl([parse_model_prompt(self.model_config, prompt)], tok_params)
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        admission_of(self.renderer).expand(request, prompt, params.max_tokens)
+        if KEY not in extra_args:
+            if request.lora_request is not None:
+                _run_on_its_model(admission, request)
+                return request
+            request.sampling_params.extra_args = {**extra_args, KEY: default}
+        admission.expand(request, prompt, params.max_tokens)
         return request
 
     return expanding
 
 
-def _run_on_its_model(processor: Any, request: Any) -> None:
+def _run_on_its_model(admission: Admission, request: Any) -> None:
     """Makes a plain request to an adapter of a constituent one with the formula `base`.
 
     That is the same distribution, and it runs where the adapter belongs.
     """
-    if request.lora_request is None or PROCESSOR not in (processor.model_config.logits_processors or ()):
+    if request.lora_request is None:
         return
-    admission = admission_of(processor.renderer)
     params = request.sampling_params
     if params is not None and admission.adapters.bases.of(request.lora_request):
         params.extra_args = {**(params.extra_args or {}), KEY: BASE}
