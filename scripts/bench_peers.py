@@ -102,7 +102,7 @@ def embedded_model() -> Path:
     return ensure(only=["big"]).big
 
 
-def measure(model: Path, tokens: int, repeats: int, genlm: Path | None) -> dict[str, Any]:
+def measure(model: Path, tokens: int, repeats: int, genlm: Path | None = None) -> dict[str, Any]:
     """Tokens per second of every side, for every number of concurrent requests, turn by turn."""
     from vllm_marith.engine.offline import offline_llm
 
