@@ -160,16 +160,29 @@ def test_the_enumeration_notices(rule):
     assert _distance(found, law(models[-1], VOCAB, COUNT)) > 1e-3
 
 
-def test_each_levels_drafts_have_its_own_law():
-    """What the next level takes for q is what the drafts were drawn from."""
+@pytest.mark.parametrize("count", [2, 3])
+def test_drafts_are_told_with_what_they_were_drawn_from(count):
+    """Given the tokens before it and what is told of them, a draft is distributed as is told of it."""
     formula = formula_of(**NESTED)
     speculation = speculate(formula)
     models = models_of(formula, speculation, random_terms("abc", VOCAB, seed=5))
 
-    def tokens(chooser):
-        return tuple(token for token, _ in drafted(chooser, (), models[:2], speculation.lengths[:1], 2))
+    def told(chooser):
+        drafts = drafted(chooser, (), models[:2], speculation.lengths[:1], count)
+        return tuple((token, tuple(q)) for token, q in drafts)
 
-    assert _distance(enumerate_paths(tokens), law(models[1], VOCAB, 2)) <= 1e-9
+    paths = enumerate_paths(told)
+    levels = set()
+    for place in range(count):
+        found = {}
+        for path, probability in paths.items():
+            before, (token, q) = path[:place], path[place]
+            found.setdefault((before, q), np.zeros(VOCAB))[token] += probability
+        for (before, q), counted in found.items():
+            assert np.abs(counted / counted.sum() - q).max() <= 1e-9
+            tokens = tuple(token for token, _ in before)
+            levels.add(next(level for level in (0, 1) if np.array_equal(models[level](tokens), q)))
+    assert levels == {0, 1}  # the last one may be the first level's
 
 
 # --- Partial formulas ---------------------------------------------------------------------------------------

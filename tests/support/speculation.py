@@ -46,21 +46,27 @@ def verified(
 def drafted(
     chooser: Chooser, prefix: Prefix, models: Sequence[Model], lengths: Sequence[int], count: int
 ) -> list[tuple[int, np.ndarray]]:
-    """`count` tokens of the last of the models, each with its distribution; those before it draft for it.
+    """`count` tokens, each with the distribution that it was drawn from: the last of the models', for which
+    those before it draft, or, of the last tokens, that of the model before it.
 
     lengths: of the drafts of all models but the last.
     """
     *smaller, model = models
-    found: list[int] = []
-    while len(found) < count:
-        here = (*prefix, *found)
-        if smaller:
-            # One token of its own comes on top of what it tests.
-            length = min(lengths[-1], count - len(found) - 1)
-            found += verified(chooser, here, drafted(chooser, here, smaller, lengths[:-1], length), model)
+    found: list[tuple[int, np.ndarray]] = []
+    while (left := count - len(found)) > 0:
+        here = (*prefix, *(token for token, _ in found))
+        if not smaller:
+            p = model(here)
+            found.append((chooser.choice(p), p))
+        elif left <= lengths[-1]:
+            # Too few for a test of their own.
+            found += drafted(chooser, here, smaller, lengths[:-1], left)
         else:
-            found.append(chooser.choice(model(here)))
-    return [(token, model((*prefix, *found[:n]))) for n, token in enumerate(found)]
+            # One token of its own comes on top of what it tests.
+            drafts = drafted(chooser, here, smaller, lengths[:-1], lengths[-1])
+            tokens = verified(chooser, here, drafts, model)
+            found += [(token, model((*here, *tokens[:n]))) for n, token in enumerate(tokens)]
+    return found
 
 
 def generated(

@@ -127,22 +127,29 @@ class Drafter:
         return [line.draft() for line in lines]
 
     def _grow(self, lines: Sequence[Line], level: int, goals: Sequence[int]) -> None:
-        """Until each line has its goal's number of tokens, distributed as this level's partial formula."""
+        """Until each line has its goal's number of tokens, distributed as this level's partial formula.
+
+        But for the last tokens, where they are no more than a level checks at a time: the level below drafts
+        them for whoever wants the goal, and checks the tokens next.  To check them here, too, would cost a
+        call of each of the level's members, and save less than one of what comes next.
+        """
         while growing := [(line, goal) for line, goal in zip(lines, goals, strict=True) if _left(line, goal)]:
             active = [line for line, _ in growing]
             known = [len(line.tokens) for line in active]
             if level:
-                # One token fewer: the check brings one itself.
                 targets = [
-                    len(line.tokens) + min(_left(line, goal) - 1, lengths_of(line.group)[level - 1])
-                    for line, goal in growing
+                    min(goal, len(line.tokens) + lengths_of(line.group)[level - 1]) for line, goal in growing
                 ]
                 self._grow(active, level - 1, targets)
             else:
                 self._add_copies(growing)
-            self._check(active, level, known)
-            for line, goal in growing:
-                del line.tokens[goal:], line.logits[goal:]
+            unchecked = [
+                (line, first)
+                for (line, goal), first in zip(growing, known, strict=True)
+                if not level or _left(line, goal)
+            ]
+            if unchecked:
+                self._check([line for line, _ in unchecked], level, [first for _, first in unchecked])
 
     def _add_copies(self, growing: Sequence[tuple[Line, int]]) -> None:
         """Copied tokens for the lines whose first level checks some, up to their goals."""
