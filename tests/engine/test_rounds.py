@@ -8,14 +8,14 @@ given: a member that was not shown a token, or was shown one that did not stand,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.enumeration import Chooser, Dice, enumerate_paths
+from tests.support.enumeration import Chooser, Dice, Path, enumerate_paths
 from tests.support.speculation import law, model_of, random_terms
 from vllm_marith import Formula
 from vllm_marith.engine.group import MemberTag
@@ -27,7 +27,7 @@ from vllm_marith.engine.worker.speculation.verification import NO_TOKEN, Check, 
 from vllm_marith.plan import encode, lower, speculate
 
 VOCAB, COUNT = 3, 2
-PROMPTS = (4, 1, 2, 7)
+PROMPTS = (4, 1, 2, 7, 3, 5)
 """Tokens of each member's prompt: positions differ from member to member."""
 
 
@@ -270,10 +270,33 @@ def test_schedules_turn_within_a_round() -> None:
     assert distance(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize("heat", [1, 0])
-def test_levels_nest(heat: float) -> None:
-    found, expected = laws(formula_of("a + 0.6*b - 0.4*c", b=2, c=3), 2, heat, 0)
+@pytest.mark.parametrize(
+    ("heat", "factors"), [(1, dict(b=2, c=3)), (1, dict(b=2, c=4)), (0, dict(b=2, c=4, d=7))]
+)
+def test_levels_nest(heat: float, factors: dict[str, int]) -> None:
+    """Also where a level leaves the last drafts to who needs them."""
+    text = "a + 0.6*b - 0.4*c" + ("+ 0.5*d" if "d" in factors else "")
+    count = COUNT if heat else 9  # of greedy answers there is one path
+    found, expected = laws(formula_of(text, **factors), max(factors.values()) - 1, heat, 0, count)
     assert distance(found, expected) < 1e-6
+
+
+def test_who_checks_what() -> None:
+    """A level checks as many drafts as it may, and leaves the last ones to the whole formula."""
+    group, terms = group_of(formula_of("a + 0.6*b - 0.4*c", b=3, c=6), 5)  # type: ignore[misc]
+    assert group.tag.draft_lengths == [2, 5]
+    members = Members(terms, random_terms("abcd", VOCAB, seed=5))
+    members.shown = {row: [0] * (length - 1) for row, length in enumerate(PROMPTS)}
+    calls: list[tuple[list[int], int]] = []
+
+    def forward(rows: Sequence[int], firsts: Sequence[int], counts: Sequence[int], tokens: Any) -> Any:
+        calls.append((list(rows), counts[0]))
+        return members(rows, firsts, counts, tokens)
+
+    dice: Any = Enumerated(Path([]))  # every draft is kept
+    Drafter(forward, Sampler(1, 0), dice).propose([Line(group, PROMPTS, torch.tensor([0]), 5)])
+    alone, together = ([0], 1), ([0, 1], 3)
+    assert calls == [alone, alone, together, alone, alone]
 
 
 @pytest.mark.parametrize("heat", [1, 0])
@@ -333,24 +356,30 @@ def test_what_a_partial_formula_reads() -> None:
     assert group.tag.draft_lengths == [1, 2]
 
 
-def test_lines_of_different_depth_and_length_grow_together() -> None:
-    """What one group wants makes no difference to another."""
-    logits = random_terms("abcd", VOCAB, seed=5)
-    formulas = [formula_of("a + 0.6*b", b=3), formula_of("a + 0.6*b - 0.4*c", b=2, c=4)]
-    groups = [group_of(formula, 3)[0] for formula in formulas]  # type: ignore[index]
-    members = Members("abc", logits)
+@pytest.mark.parametrize("seed", range(6))
+def test_lines_of_different_depth_and_length_grow_together(seed: int) -> None:
+    """What one group wants, and how far its drafts are right, makes no difference to another."""
+    logits = random_terms("abcd", VOCAB, seed)
+    nested = formula_of("a + 0.6*b - 0.4*c", b=2, c=6)
+    formulas = [formula_of("a + 0.6*b", b=3), nested, nested]
+    groups = [group_of(formula, 5)[0] for formula in formulas]  # type: ignore[index]
+    groups[2] = replace(groups[2], rows=[3, 4, 5])
+    members = Members("abcabc", logits)
     sampler = Sampler(0, 0)
-    lengths = [5, 2, 3]
-    lines = [
-        Line(group, lengths, torch.tensor([2]), wanted) for group, wanted in zip(groups, (3, 2), strict=True)
-    ]
+    lengths = [5, 2, 3, 9, 5, 7]
     for row, length in enumerate(lengths):
         members.shown[row] = [0] * (length - 1)
+
+    def lines() -> list[Line]:
+        return [
+            Line(group, [lengths[row] for row in group.rows], torch.tensor([2]), wanted)
+            for group, wanted in zip(groups, (3, 3, 5), strict=True)
+        ]
+
     dice: Any = Enumerated(Dice(0))
-    alone = [Drafter(members, sampler, dice).propose([line])[0] for line in lines]
-    again = [Line(line.group, lengths, line.last, line.wanted) for line in lines]
-    together = Drafter(members, sampler, dice).propose(again)
-    assert [len(draft.tokens) for draft in together] == [3, 2]
+    alone = [Drafter(members, sampler, dice).propose([line])[0] for line in lines()]
+    together = Drafter(members, sampler, dice).propose(lines())
+    assert [len(draft.tokens) for draft in together] == [3, 3, 5]
     for one, other in zip(alone, together, strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
         assert torch.equal(one.logits, other.logits)
