@@ -21,6 +21,7 @@ from tests.support import adapters, engines, exactness, reference, runners, work
 from tests.support import constituents as several
 from tests.support.statistics import CLEARLY_WRONG, SIGNIFICANCE, chi_square
 from vllm_marith import Formula
+from vllm_marith.engine.group import FIGURES
 
 LENGTH = 22  # so many that groups outgrow their blocks
 SEED = 3
@@ -44,12 +45,13 @@ def facts(llm: Any) -> dict[str, Any]:
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
     preempted = core.scheduler.figures.preempted
-    figures = core.scheduler.take_figures()  # which counts anew from here
+    figures, drafting = llm.collective_rpc(FIGURES)  # which count anew from here
     return {
         "runner": "v2" if hasattr(runner, "model_state") else "v1",
         "preempted": preempted,
         "drafted": sum(n for _, n in figures["drafted"]),
         "accepted": sum(n for _, n in figures["accepted"]),
+        "drafting calls": sum(n for _, n in drafting["calls"]),
     }
 
 
@@ -133,6 +135,26 @@ def test_adapters(runner: Any, tiny_model: Path, tmp_path: Path) -> None:
     assert none["drafted"] == 0 < some["accepted"]
 
 
+def test_an_operators_own_ngrams_draft_for_all(runner: Any, models: Models) -> None:
+    """vLLM's own speculation, for plain requests and for formulas as for their leaders."""
+    base, _ = models
+    mine = [job for job in jobs() if not job.models]
+    asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
+    own = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
+    with runner.open(base, speculative_config=own, max_num_seqs=8, max_model_len=128) as call:
+        answers = call(exactness.generate, mine, asked)
+        found = call(facts)
+        drawing = dict(temperature=1.0, allowed_token_ids=PAIR, seed=7, max_tokens=10, ignore_eos=True)
+        beside, some = call(completions, mine, "off", drawing)
+        alone, _ = call(completions, mine[-1:], "off", drawing)
+        call(engines.assert_all_returned)
+    exactness.assert_greedy(mine, answers, exactness.references(base, mine, LENGTH))
+    assert beside[-1:] == alone
+    assert found["runner"] == "v2"
+    assert found["drafted"]
+    assert 0 < some["accepted"] < some["drafted"]
+
+
 def test_greedy_equals_huggingface(call: runners.Call, models: Models) -> None:
     asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
     answers = call(exactness.generate, jobs(), asked)
@@ -164,14 +186,23 @@ def test_nothing_changes_but_the_speed(call: runners.Call, asked: dict[str, Any]
             assert step == pytest.approx(wanted, abs=1e-4)
 
 
-def test_ngrams_draft(call: runners.Call) -> None:
-    text = "one two three four five six seven eight " * 2
-    formula = Formula.parse("superseded(g, 2*a - b)", {"g": {"model": "ngram"}, "b": {"system": "Count."}})
-    asked = dict(temperature=0, max_tokens=24, ignore_eos=True, allowed_token_ids=list(range(300, 304)))
-    plain, none = call(completions, [workload.Job(text, formula)], "off", asked)
-    found, some = call(completions, [workload.Job(text, formula)], 4, asked)
+@pytest.mark.parametrize(
+    ("text", "factors", "calls"),
+    [("superseded(g, 2*a - b)", (1, 1), 0), ("superseded(g, a) + 0.3*b", (3, 5), 1)],
+    ids=["for the formula", "for its first level"],
+)
+def test_ngrams_draft(call: runners.Call, text: str, factors: tuple[int, int], calls: int) -> None:
+    """calls: of the first level's one member for a drafted token, if n-grams drafted none for it."""
+    a, b = ({"speculative_factor": factor} for factor in factors)
+    formula = Formula.parse(text, {"g": {"model": "ngram"}, "a": a, "b": {"system": "Count.", **b}})
+    job = workload.Job("one two three four five six seven eight " * 2, formula)
+    asked = dict(temperature=0, max_tokens=24, ignore_eos=True, allowed_token_ids=PAIR)
+    plain, none = call(completions, [job], "off", asked)
+    found, some = call(completions, [job], 4, asked)
     assert found == plain
     assert none["drafted"] == 0 < some["accepted"]
+    assert (some["drafting calls"] > 0) == (calls > 0)
+    assert some["drafting calls"] <= 0.8 * calls * some["drafted"], some
 
 
 def test_seeds(call: runners.Call) -> None:

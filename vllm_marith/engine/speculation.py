@@ -89,15 +89,10 @@ def refusals(config: Any) -> Iterator[tuple[bool, str]]:
     )
     v2 = theirs is not None and config.use_v2_model_runner
     yield (
-        v2 and not Settings.of(config).speculates,
-        "--speculative-config cannot be combined with formulas on the V2 model runner; possible are "
-        "`speculative` in the settings, or the V1 model runner (VLLM_USE_V2_MODEL_RUNNER=0)",
-    )
-    yield (
         v2 and bool(config.scheduler_config.async_scheduling),
-        "drafts of formulas need synchronous scheduling on the V2 model runner: --no-async-scheduling",
+        "drafts beside formulas need synchronous scheduling on the V2 model runner: --no-async-scheduling",
     )
     yield (
         v2 and bool(config.model_config.return_sampling_mask or config.model_config.enable_trace_replay),
-        "drafts of formulas cannot be combined with sampling masks or trace replay",
+        "drafts beside formulas cannot be combined with sampling masks or trace replay",
     )

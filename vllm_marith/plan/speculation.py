@@ -13,8 +13,10 @@ What remains is a sample of P (Lemma 1), whatever P_0 is: the rules of `partial`
 nothing else.  Temperature, top-k and top-p act on P and P_0 alike, before the test.
 
 Factors nest.  With the factors 1 < k < m, the terms with factors up to k have a formula P_1 of their own.
-The same round, with K = k - 1, makes samples of P_1 from drafts of P_0; m - 1 of these are then the drafts,
-each of them distributed as P_1, which the whole formula tests.  Each P_i is a *level*.
+The same round, with K = k - 1, makes samples of P_1 from drafts of P_0; m - 1 such tokens are then the drafts
+that the whole formula tests.  Where at most k - 1 of these are lacking, they are left to P_0: all terms run
+next as it is.  So each draft is a sample of P_1 or P_0, and tested against the one it is.  Each P_i is a
+*level*.
 """
 
 from __future__ import annotations

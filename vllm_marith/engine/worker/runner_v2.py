@@ -41,6 +41,7 @@ from .constituents.models import Constituents
 from .head import Head, obeys_law
 from .rows import RowPlan, RowPlans, ban, failing_all
 from .scoring import RAW_LOGITS, PromptScorer, heads_of, scored_tag
+from .speculation.ngrams_v2 import NgramRounds
 from .speculation.rounds_v2 import RoundsV2, lengths_of
 from .speculation.rounds_v2 import install as install_rounds
 
@@ -180,8 +181,9 @@ class FormulaState(ModelState):
         self.owners: dict[str, int] = {}  # request -> its constituent
         combines = _combines(vllm_config, compute_logits, device)
         self.groups = StepGroups(device, combines, load_classifiers(vllm_config, device), model)
-        self.rounds: RoundsV2 | None = None  # where formulas draft
-        self._drafts = vllm_config.speculative_config if Settings.of(vllm_config).speculates else None
+        self.rounds: NgramRounds | None = None  # where there are drafts
+        self._own_drafts = Settings.of(vllm_config).speculates
+        self._drafts = vllm_config.speculative_config
         if self._drafts is not None:
             install_rounds()
 
@@ -230,7 +232,8 @@ class FormulaState(ModelState):
         from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
         # Both settle: a grammar may have cut all of a step's drafts.
-        self.rounds = RoundsV2(sampler, self.owners, self._drafts.num_speculative_tokens)
+        most = self._drafts.num_speculative_tokens
+        self.rounds = RoundsV2(sampler, self.owners, most) if self._own_drafts else NgramRounds()
         if rejection_sampler is None:
             rejection_sampler = RejectionSampler(sampler, self._drafts, self.groups.plans.device)
         return (
@@ -349,8 +352,8 @@ class TyingSampler:
     Before anything reads them: the runner's output, the next step's inputs and the penalties' counts.
     """
 
-    def __init__(self, sampler: Any, groups: StepGroups, rounds: RoundsV2 | None = None) -> None:
-        """rounds: where formulas draft."""
+    def __init__(self, sampler: Any, groups: StepGroups, rounds: NgramRounds | None = None) -> None:
+        """rounds: where there are drafts."""
         self._sampler = sampler
         self._groups = groups
         self._rounds = rounds

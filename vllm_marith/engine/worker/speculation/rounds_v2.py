@@ -8,7 +8,8 @@
     take_draft_token_ids: TELL
 
 vLLM is configured with its n-gram proposer (`engine.speculation`), whose `propose` is where drafts are made;
-it proposes itself for formulas that are drafted by n-grams.  V2 without asynchronous scheduling has every
+it proposes itself for formulas that are drafted by n-grams, and for everybody where an operator has asked for
+n-grams himself (`ngrams_v2`).  V2 without asynchronous scheduling has every
 request check as many drafts as there is room for; it is told which have any.
 
 Noise: V2's sampler draws from a request's seed and the token's position, and so do rounds.  The seed is the
@@ -20,7 +21,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ from ...group import DRAFTS, Wanted
 from .dice import Dice
 from .drafting import Draft, Drafter, Line
 from .forward_v2 import ForwardV2
+from .ngrams_v2 import CopyV2, NgramRounds
 from .shape_v2 import ShapeV2
 from .verification import NO_TOKEN, Check, settle
 
@@ -53,9 +55,9 @@ def install() -> None:
     patches.patch(_PROPOSE, _with_drafts)
 
 
-def _rounds(runner: Any) -> RoundsV2 | None:
-    """None where formulas do not draft."""
-    found: RoundsV2 | None = getattr(getattr(runner, "model_state", None), "rounds", None)
+def _rounds(runner: Any) -> NgramRounds | None:
+    """None where nothing drafts."""
+    found: NgramRounds | None = getattr(getattr(runner, "model_state", None), "rounds", None)
     return found
 
 
@@ -75,7 +77,7 @@ def _with_own_drafts(take_draft_token_ids: Any) -> Any:
     def taking(self: Any) -> Any:
         found = take_draft_token_ids(self)
         rounds = _rounds(self)
-        return found if rounds is None else rounds.take_drafts()
+        return found if rounds is None else rounds.take_drafts(found)
 
     return taking
 
@@ -100,7 +102,7 @@ def _with_drafts(propose: Any) -> Any:
             )
             return found
 
-        rounds: RoundsV2 | None = self.__dict__.get("marith_rounds")
+        rounds: NgramRounds | None = self.__dict__.get("marith_rounds")
         if rounds is None or kwargs.get("dummy_run"):
             return ngrams()
         return rounds.propose(input_batch, num_sampled, ngrams)
@@ -108,8 +110,8 @@ def _with_drafts(propose: Any) -> Any:
     return proposing
 
 
-class RoundsV2:
-    """The drafts of a worker's groups, from one step to the next.
+class RoundsV2(NgramRounds):
+    """The drafts of a worker's groups, from one step to the next, where formulas draft.
 
     Args:
         sampler: vLLM's ``Sampler``.
@@ -118,36 +120,22 @@ class RoundsV2:
     """
 
     def __init__(self, sampler: Any, owners: Mapping[str, int], most: int) -> None:
+        super().__init__()
         self._sampler = sampler
         self._owners = owners
         self._most = most
-        self._runner: Any = None
         self._drafts: dict[str, Draft] = {}  # by group
         self._wanted: Mapping[str, Wanted] = {}  # by group, at the end of the step
-        self._joint: Sequence[JointGroup] = ()  # of the step
         self._told: DraftTokenIds | None = None
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
-        self._runner = runner
-        runner.speculator.marith_rounds = self
+        super().begin_step(runner, scheduler_output)
         # Not those that are preempted, too: whether a draft is checked must not depend on what it says, and
         # for how many drafts there has to be room may decide who is preempted.
         for request_id in scheduler_output.finished_req_ids:
             self._drafts.pop(request_id, None)
-        self._wanted, self._joint, self._told = getattr(scheduler_output, DRAFTS, {}), (), None
+        self._wanted, self._told = getattr(scheduler_output, DRAFTS, {}), None
         scheduler_output.num_spec_tokens_to_schedule = self._most
-
-    def map_adapters(self, batch: InputBatch) -> None:
-        """Names the adapter of every row of logits; V2 names one a request, however many drafts it checks."""
-        runner = self._runner
-        if runner is None or runner.lora_config is None or not batch.num_draft_tokens:
-            return
-        adapters = runner.lora_state.lora_ids[batch.idx_mapping_np]
-        runner._set_active_loras(
-            tuple(adapters.repeat(np.diff(batch.cu_num_logits_np))),
-            tuple(adapters.repeat(batch.num_scheduled_tokens)),
-            runner.lora_state.get_activate_loras(batch.req_ids),
-        )
 
     # ------------------------------------------------------------------- settling
 
@@ -158,12 +146,7 @@ class RoundsV2:
         logits: torch.Tensor,
         batch: InputBatch,
     ) -> Any:
-        """What vLLM's sampler gives, with the tokens of drafting groups in their leaders' rows.
-
-        Args:
-            draw: vLLM's sampler, or its rejection sampler where the step has drafts.
-            logits: ``[rows, vocab]``, formulas in their leaders' rows, grammar applied.
-        """
+        """As in `NgramRounds`, with the tokens of drafting groups in their leaders' rows."""
         self._joint = plan.joint
         found = self._checks(plan, batch)
         if not found:
@@ -254,13 +237,9 @@ class RoundsV2:
     def propose(
         self, batch: InputBatch, num_sampled: torch.Tensor, ngrams: Callable[[], torch.Tensor]
     ) -> torch.Tensor:
-        """int64 ``[requests, most]``: drafts, the same for all members of a group.
+        """As in `NgramRounds`.
 
         What is beyond a request's own drafts, and in the rows of requests without any, is not scheduled.
-
-        Args:
-            num_sampled: ``[requests]``, how many tokens each generated in this step.
-            ngrams: vLLM's own proposals for all requests.
         """
         states = self._sampler.req_states
         wanted = [(g, self._wanted[g.tag.group]) for g in self._joint if g.tag.group in self._wanted]
@@ -287,6 +266,7 @@ class RoundsV2:
                 ForwardV2(self._runner, self._owners, batch),
                 ShapeV2(self._sampler, batch, 2 * self._most + 1),
                 self._dice(batch, {line.leader: line.lengths[0] for line in lines}, _DRAFTING),
+                CopyV2(self._runner, batch),
             )
             for line, draft in zip(lines, drafter.propose(lines), strict=True):
                 self._drafts[line.group.tag.group] = draft
@@ -303,7 +283,7 @@ class RoundsV2:
         self._told = DraftTokenIds(batch.req_ids, told)
         return drafts
 
-    def take_drafts(self) -> DraftTokenIds | None:
+    def take_drafts(self, found: DraftTokenIds | None) -> DraftTokenIds | None:
         """What was proposed in this step, for the scheduler."""
         told, self._told = self._told, None
         return told
