@@ -271,14 +271,48 @@ def test_schedules_turn_within_a_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heat", "factors"), [(1, dict(b=2, c=3)), (1, dict(b=2, c=4)), (0, dict(b=2, c=4, d=7))]
+    ("text", "heat", "factors"),
+    [
+        ("a + 0.6*b - 0.4*c", 1, dict(b=2, c=3)),
+        ("a + 0.6*b - 0.4*c", 1, dict(b=2, c=4)),
+        ("a + 0.6*b - 0.4*c + 0.5*d", 0, dict(b=2, c=4, d=7)),
+        # The first level's member is none of the second's, and has not seen the token that this adds.
+        ("superseded(d, a) + 0.5*c", 1, dict(a=2, c=4)),
+        ("superseded(d, a) + 0.5*c", 0, dict(a=3, c=8)),
+    ],
 )
-def test_levels_nest(heat: float, factors: dict[str, int]) -> None:
+def test_levels_nest(text: str, heat: float, factors: dict[str, int]) -> None:
     """Also where a level leaves the last drafts to who needs them."""
-    text = "a + 0.6*b - 0.4*c" + ("+ 0.5*d" if "d" in factors else "")
     count = COUNT if heat else 9  # of greedy answers there is one path
     found, expected = laws(formula_of(text, **factors), max(factors.values()) - 1, heat, 0, count)
     assert distance(found, expected) < 1e-6
+
+
+@pytest.mark.parametrize("text", ["a + 0.6*b - 0.4*c", "superseded(d, a) + 0.5*c"])
+def test_drafts_come_with_what_they_were_drawn_from(text: str) -> None:
+    """A level's law behind the very tokens in front: no member has missed one, or seen another."""
+    own = dict(a=3, c=8) if "d" in text else dict(b=3, c=8)
+    formula, logits = formula_of(text, **own), random_terms("abcd", VOCAB, seed=5)
+    speculation = speculate(formula, 7)
+    assert not isinstance(speculation, str)
+    models = [model_of(level.formula, logits) for level in speculation.levels]
+    group, terms = group_of(formula, 7)  # type: ignore[misc]
+    used = set()
+    for seed in range(8):
+        members = Members(terms, logits)
+        members.shown = {row: [0] * (length - 1) for row, length in enumerate(PROMPTS)}
+        dice: Any = Enumerated(Dice(seed))
+        line = Line(group, PROMPTS, torch.tensor([0]), 7)
+        (draft,) = Drafter(members, Sampler(1, 0), dice).propose([line])
+        tokens = draft.tokens.tolist()
+        for place, row in enumerate(draft.logits.double().softmax(-1).numpy()):
+            gaps = [np.abs(model(tuple(tokens[:place])) - row).max() for model in models]
+            assert min(gaps) < 1e-6
+            used.add(int(np.argmin(gaps)))
+        for row, number in line.shown.items():
+            seen = members.shown[row][PROMPTS[row] :]
+            assert seen[: number - 1] == tokens[: number - 1]
+    assert used == {0, 1}
 
 
 def test_who_checks_what() -> None:

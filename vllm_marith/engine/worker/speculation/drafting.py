@@ -84,6 +84,7 @@ class Line:
         tokens: int64 ``[1]`` each, proposed so far.
         logits: float32 ``[vocab]`` each, what they were drawn from; None for copied tokens, until they are
             settled.
+        shown: of each member that has run, how many of `last` and `tokens` its KV cache holds.
     """
 
     group: JointGroup
@@ -92,6 +93,7 @@ class Line:
     wanted: int
     tokens: list[torch.Tensor] = field(default_factory=list)
     logits: list[torch.Tensor | None] = field(default_factory=list)
+    shown: dict[int, int] = field(default_factory=dict)
 
     @property
     def leader(self) -> int:
@@ -195,8 +197,10 @@ class Drafter:
         for line, first, accepted, token, row in zip(
             lines, known, settled.accepted.tolist(), settled.following.split(1), rows, strict=True
         ):
-            line.tokens[first + accepted :] = [token]
+            kept = first + accepted
+            line.tokens[kept:] = [token]
             line.logits[first:] = list(row[: accepted + 1])
+            line.shown = {member: min(number, kept + 1) for member, number in line.shown.items()}
 
     def _shaped(self, lines: Sequence[Line], level: int, known: Sequence[int]) -> torch.Tensor:
         """float32 ``[positions, vocab]``: the level's formula behind each token of a line from `known` on."""
@@ -206,18 +210,21 @@ class Drafter:
         for line, first in zip(lines, known, strict=True):
             tag = line.group.tag
             routine = routine_of(tag.drafts[level])
-            tokens = torch.cat([line.last, *line.tokens])[first:]
+            tokens = torch.cat([line.last, *line.tokens])
             places = {}
             for member in routine.members:
-                places[member] = total
+                # What levels above have added without this member, it has not seen.
+                begin = min(first, line.shown.get(member, 0))
+                places[member] = total + first - begin
                 if tag.names:
                     FIGURES.calls[tag.label, tag.names[member]] += 1
                 rows.append(line.group.rows[member])
-                firsts.append(line.lengths[member] - 1 + first)
-                counts.append(len(tokens))
-                inputs.append(tokens)
-                total += len(tokens)
-            for offset in range(len(tokens)):
+                firsts.append(line.lengths[member] - 1 + begin)
+                counts.append(len(tokens) - begin)
+                inputs.append(tokens[begin:])
+                total += len(tokens) - begin
+                line.shown[member] = len(tokens)
+            for offset in range(len(tokens) - first):
                 dials = line.group.schedules(routine, line.lengths[0], first + offset)
                 pipelines.append(pipeline_of(tag.drafts[level], dials))
                 # A row that the routine does not read stands for itself.
