@@ -153,10 +153,11 @@ ENTRIES: tuple[Entry, ...] = (
             ),
             (
                 f"{_V2}.spec_decode.ngram.speculator:NgramGPUSpeculator.propose",
-                "groups draft with their partial formulas",
+                "groups draft with their partial formulas, or as their leaders",
                 (
                     *("self", "input_batch", "attn_metadata", "slot_mappings", "last_hidden_states"),
-                    *("aux_hidden_states", "num_sampled", "dummy_run"),
+                    *("aux_hidden_states", "num_sampled", "num_rejected", "last_sampled"),
+                    *("next_prefill_tokens", "temperature", "seeds", "dummy_run"),
                 ),
             ),
         )
@@ -184,8 +185,13 @@ ENTRIES: tuple[Entry, ...] = (
             ),
             (
                 f"{_V2}.states:RequestState",
-                "the last token of a request, and how many it has",
-                ("last_sampled_tokens", "total_len"),
+                "a request's tokens, the last of them, and how many it has",
+                ("all_token_ids", "last_sampled_tokens", "total_len"),
+            ),
+            (
+                f"{_V2}.spec_decode.ngram.speculator:NgramGPUSpeculator",
+                "n-grams propose for a formula's first level, behind what it has drafted so far",
+                ("req_states",),
             ),
             (
                 f"{_V2}.sample.states:SamplingStates",
