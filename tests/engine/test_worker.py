@@ -20,7 +20,7 @@ from vllm_marith.plan import Plan, Stage, encode
 VOCAB = 7
 CPU = torch.device("cpu")
 LINEAR = [("push", 0, 2.0), ("add", 1, -1.0)]
-CONFIG: Any = SimpleNamespace(additional_config={})
+CONFIG: Any = SimpleNamespace(additional_config={}, speculative_config=None)
 
 
 def tagged(
