@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from tests.support import constituents as several
 from tests.support.statistics import CLEARLY_WRONG, SIGNIFICANCE, chi_square
 from vllm_marith import Formula
 from vllm_marith.engine.group import FIGURES
+from vllm_marith.engine.worker.speculation.ngrams_v2 import NgramRounds
 
 LENGTH = 22  # so many that groups outgrow their blocks
 SEED = 3
@@ -153,6 +155,20 @@ def test_an_operators_own_ngrams_draft_for_all(runner: Any, models: Models) -> N
     assert found["runner"] == "v2"
     assert found["drafted"]
     assert 0 < some["accepted"] < some["drafted"]
+
+
+def test_followers_have_their_leaders_drafts() -> None:
+    """And nobody else has others than vLLM's proposer gave; of groups that do not step together, neither."""
+    rounds = NgramRounds()
+    own = torch.arange(10).reshape(5, 2)
+    runner: Any = SimpleNamespace(speculator=SimpleNamespace())
+    plan: Any = SimpleNamespace(joint=[SimpleNamespace(rows=[3, 0, 2])])
+    for joint, expected in ((plan, [[6, 7], [2, 3], [6, 7], [6, 7], [8, 9]]), (None, own.tolist())):
+        rounds.begin_step(runner, None)
+        assert runner.speculator.marith_rounds is rounds
+        if joint is not None:
+            assert rounds.sample(joint, lambda *given: given, "logits", "batch") == ("logits", "batch")  # type: ignore[arg-type]
+        assert rounds.propose(None, None, own.clone).tolist() == expected  # type: ignore[arg-type]
 
 
 def test_greedy_equals_huggingface(call: runners.Call, models: Models) -> None:
