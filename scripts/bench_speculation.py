@@ -1,6 +1,7 @@
 """Formulas with and without drafts over the embedded models, measured on this machine in one run.
 
-    python scripts/bench_speculation.py [--tokens N] [--requests N] [--repeats N] [--output FILE]
+    python scripts/bench_speculation.py [--tokens N] [--requests N] [--repeats N] [--rows TEXT]
+                                        [--output FILE]
 
 A table as the paper's (arXiv 2311.14479; Llama-2-13b-chat on a GPU): for each formula the calls of the large
 model for each generated token and the milliseconds a token takes, without drafts and with them, one request
@@ -10,6 +11,10 @@ model are counted apart.
 The rows are the evaluation's (`scenarios/embedded.yaml`), those that its report leaves out, too: n-grams that
 draft for the model (the paper's superseded(A, M)), attributes that lag behind these two, formulas of four
 terms, and the small embedded model as a drafter for the large one and for a formula.
+
+Where arctic-inference is installed, each row with n-grams is measured again with suffixes in their place, on
+an engine of its own, whose memory holds that row's answers and no others.  The turn that is not kept and the
+modes of each repetition fill it: what comes later finds more.
 
 The embedded large model is five times the size of the small one, and at two milliseconds a token what a
 step costs beside the model counts as much.  So there is a last row for what a *large* model would gain: a
@@ -28,6 +33,9 @@ import json
 import platform
 import statistics
 import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +50,7 @@ PAPER = {
 """(calls, milliseconds) a token of the paper's rows, without drafts and with them; its attributes are formal,
 happy and sports for 0.5, and others in the longer ones."""
 
+SUFFIXES = ", suffixes"
 STAND_IN = "superseded(small, stand-in)"
 STAND_IN_LENGTH = 6
 
@@ -77,6 +86,7 @@ def main() -> None:
         "--requests", type=int, default=4, help="requests per repetition, one after the other"
     )
     parser.add_argument("--repeats", type=int, default=3, help="alternating repetitions")
+    parser.add_argument("--rows", default="", help="only rows whose name contains this")
     parser.add_argument("--output", type=Path, help="file for the JSON result")
     arguments = parser.parse_args()
 
@@ -111,30 +121,46 @@ def main() -> None:
         length = max(factors.values()) - 1
         return measure(llm, parsed, length, arguments.tokens, [users] * arguments.repeats)
 
+    def with_suffixes(formula: str, factors: dict[str, int]) -> Drafts:
+        llm = engine(made.big)
+        try:
+            return measured(llm, formula, factors)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
     rows = []
     print(f"{'formula':38} {'calls of M / token':>22} {'ms / token':>20} {'faster':>7} {'kept':>5}   paper")
-    cases = {name: (llm, case.formula, case.factors) for name, case in asked.formulas.items()}
-    cases[STAND_IN] = (stand_in, "superseded(draft, base)", {"base": STAND_IN_LENGTH + 1})
+    cases: dict[str, Callable[[], Drafts]] = {}
+    for name, case in asked.formulas.items():
+        cases[name] = partial(measured, llm, case.formula, case.factors)
+        if find_spec("arctic_inference") and "ngrams" in case.formula:
+            formula = case.formula.replace("ngrams", "suffixes")
+            cases[name + SUFFIXES] = partial(with_suffixes, formula, case.factors)
+    factors = {"base": STAND_IN_LENGTH + 1}
+    cases[STAND_IN] = partial(measured, stand_in, "superseded(draft, base)", factors)
     for name, case in cases.items():
-        found = measured(*case)
+        if arguments.rows not in name:
+            continue
+        found = case()
         speedups = found.speedups("fixed")
         row = {
             "formula": name,
             "drafted_at_a_time": found.length,
             "calls": [found.calls(mode) for mode in MODES],
+            "calls_by_turn": [turn.calls / turn.tokens for turn in found.turns["fixed"]],
             "calls_of_the_small_model": [found.other_calls(mode) for mode in MODES[1:]],
             "milliseconds": [found.milliseconds(mode) for mode in MODES],
             "kept": found.kept("fixed"),
             "speedup": statistics.median(speedups),
             "speedup_auto": statistics.median(found.speedups("auto")),
             "speedup_range": [min(speedups), max(speedups)],
-            "paper": PAPER.get(name),
+            "paper": PAPER.get(name.removesuffix(SUFFIXES)),
         }
         rows.append(row)
         calls, times = row["calls"], row["milliseconds"]
         paper = ""
-        if name in PAPER:
-            (c0, t0), (c1, t1) = PAPER[name]
+        if row["paper"]:
+            (c0, t0), (c1, t1) = row["paper"]
             paper = f"calls {c0} -> {c1}, ms {t0} -> {t1} ({t0 / t1:.2f}x)"
         print(
             f"{name:38} {calls[0]:6.3f} -> {calls[1]:5.3f} ({calls[2]:5.3f}) "

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 
 from vllm_marith import Formula, PresetError
+from vllm_marith.engine import settings
 from vllm_marith.engine.frontend.admission import Admission, RefusedError
 from vllm_marith.engine.frontend.source import SOURCE
 from vllm_marith.engine.group import GroupSpec, MemberTag, member_tags
@@ -23,6 +25,7 @@ TERMS = {
     "warm": {"system": "warm", "model": "big", "speculative_factor": 9},
     "late": {"system": "late", "speculative_factor": 4},
     "ngram": {"model": "ngram"},
+    "suffix": {"model": "suffix"},
     "judge": {"classifier": "judge"},
 }
 DRAFTED = "superseded(small, big)"
@@ -88,6 +91,62 @@ def test_an_ngram_is_no_member():
     assert drafting(spec) == ("ngram", [3], False)
     assert (spec.size, spec.drafts) == (1, [])
     assert drafting(spec_of("superseded(ngram, base)", "auto")) == ("ngram", [8], True)
+
+
+SUFFIXES = "superseded(suffix, base)"
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Says whether arctic-inference is there."""
+
+    def say(there: bool) -> None:
+        monkeypatch.setattr(settings, "find_spec", lambda name: object() if there else None)
+
+    return say
+
+
+def test_suffixes_are_no_member_either(installed):
+    installed(True)
+    spec = spec_of(SUFFIXES, 3)
+    assert drafting(spec) == ("suffix", [3], False)
+    assert (spec.size, spec.drafts) == (1, [])
+    assert drafting(spec_of(SUFFIXES, "auto")) == ("suffix", [8], True)
+
+
+def test_suffixes_need_a_package(installed):
+    installed(False)
+    sentence = "'speculative' is 3, but 'suffix' drafts with the package arctic-inference, which this server"
+    with pytest.raises(RefusedError, match=sentence):
+        spec_of(SUFFIXES, 3)
+    assert drafting(spec_of(SUFFIXES, "auto")) == drafting(spec_of(SUFFIXES)) == OFF
+    assert drafting(spec_of("superseded(ngram, base)", 3)) == ("ngram", [3], False)
+
+
+@pytest.mark.parametrize(("seed", "salt"), [(None, None), (7, None), (None, "mine")])
+def test_what_is_to_be_kept_apart_does_not_draft_from_others_answers(installed, seed, salt):
+    installed(True)
+    for formula, asked in ((SUFFIXES, 3), (SUFFIXES, "auto"), (DRAFTED, 3)):
+        value = {"formula": formula, "terms": {k: v for k, v in TERMS.items() if k in formula}}
+        params = SamplingParams(seed=seed, max_tokens=4)
+        params.extra_args = {"marith": json.dumps(value | {"speculative": asked})}
+        request = SimpleNamespace(
+            sampling_params=params,
+            prompt_embeds=None,
+            mm_features=None,
+            resumable=False,
+            lora_request=None,
+            cache_salt=salt,
+        )
+        engine_input = {"type": "token", "prompt_token_ids": [1, 7], SOURCE: Source()}
+        admission(speculative="off").expand(request, engine_input, 4)
+        found = GroupSpec.from_wire(params.extra_args["marith"]).drafter
+        if formula == DRAFTED:
+            assert found == "formula"
+        elif asked == "auto" and seed is not None:
+            assert found == ""
+        else:
+            assert found == ("suffix" if seed is salt is None else "ngram")
 
 
 def test_the_leaders_tag_carries_it_all():
@@ -217,6 +276,8 @@ def test_settings():
         ({"max_speculative_tokens": 33}, "max_speculative_tokens: input should be less than or equal to 32"),
         ({"max_speculative_tokens": 0}, "max_speculative_tokens: input should be greater than or equal to 1"),
         ({"constituents": {"ngram": "x"}}, "the name 'ngram' is taken"),
+        ({"constituents": {"suffix": "x"}}, "the name 'suffix' is taken"),
+        ({"remembered_answers": -1}, "remembered_answers: input should be greater than or equal to 0"),
     ):
         with pytest.raises(ValueError, match=sentence):
             of(**wrong)

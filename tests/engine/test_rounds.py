@@ -149,7 +149,7 @@ def group_of(formula: Formula, length: int) -> JointGroup:
         routine=encode(lower(formula, terms), members),
         drafts=[encode(lower(level.formula, terms), members) for level in speculation.levels],
         draft_lengths=list(speculation.lengths),
-        drafter="ngram" if speculation.ngram else "formula",
+        drafter=speculation.free or "formula",
     )
     ids = [f"g{m}" for m in members]
     return JointGroup(ids, list(members), tag, routine_of(tag.routine)), terms  # type: ignore[return-value]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from tests.support import engines, exactness, reference, workload
 from tests.support.statistics import CLEARLY_WRONG, SIGNIFICANCE, chi_square
 from vllm_marith import Formula
 from vllm_marith.engine.group import FIGURES
+from vllm_marith.language.names import FREE_DRAFTERS
 
 LENGTH = 32
 SEED = 3
@@ -61,6 +64,13 @@ def jobs() -> list[workload.Job]:
     return [job_of(rng, name) if name else workload.job(rng, 0) for name in [*FORMULAS, "", *FORMULAS, ""]]
 
 
+def copying() -> list[workload.Job]:
+    """Formulas that suffixes draft for, where there are some."""
+    texts = ["one two one two one", "So it is. So it"]
+    formula = Formula.parse("superseded(s, a + 0.5*b)", {"s": {"model": "suffix"}, "b": {"system": ""}})
+    return [workload.Job(text, formula, {"a": text, "b": f"\n{text}"}) for text in texts]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
     return several.make(tmp_path_factory.mktemp("speculation"), sharpness=2.5)
@@ -77,6 +87,15 @@ def drafts(llm: Any) -> tuple[int, int]:
     return sum(n for _, n in figures["drafted"]), sum(n for _, n in figures["accepted"])
 
 
+def runner(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def rounds(llm: Any) -> Any:
+    """The worker's, once something has drafted."""
+    return runner(llm).marith_rounds
+
+
 CASES: dict[str, dict[str, Any]] = {
     "roomy": {},
     "small_steps": dict(max_num_batched_tokens=24, max_num_seqs=24),
@@ -88,26 +107,43 @@ CASES: dict[str, dict[str, Any]] = {
 def test_greedy_equals_huggingface(case: str, models: tuple[str, dict[str, str]]) -> None:
     base, constituents = models
     asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
+    everything = [*jobs(), *copying()]
     with several.engine(base, constituents, marith={"speculative": 3}, **CASES[case]) as llm:
         scheduler = engines.scheduler(llm)
-        answers = exactness.generate(llm, jobs(), asked)
+        answers = exactness.generate(llm, everything, asked)
         preempted = scheduler.figures.preempted
         drafted, accepted = drafts(llm)
-    exactness.assert_greedy(jobs(), answers, expected(base, tuple(constituents.items())))
+        if find_spec("arctic_inference"):
+            # Whoever was preempted is remembered all the same, once, and with nobody else.
+            assert len(rounds(llm)._suffixes._trees.cached_requests) == len(copying())
+    wanted = [*expected(base, tuple(constituents.items())), *exactness.references(base, copying(), LENGTH)]
+    exactness.assert_greedy(everything, answers, wanted)
     assert (preempted > 0) == (case == "small_cache")
     assert 0 < accepted < drafted
 
 
-def test_an_operators_own_ngrams_draft_for_all(models: tuple[str, dict[str, str]]) -> None:
+OWN: dict[str, dict[str, Any]] = {
+    "ngram": dict(num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3),
+    "suffix": dict(num_speculative_tokens=3),
+}
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_an_operators_own_drafts_are_for_all(method: str, models: tuple[str, dict[str, str]]) -> None:
     """vLLM's own speculation, for plain requests and for formulas as for their leaders."""
+    if method == "suffix":
+        pytest.importorskip("arctic_inference", reason="suffixes need arctic-inference, see docs/serving.md")
     base, _ = models
     mine = [job for job in jobs() if not job.models]
     asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
-    own = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=3)
-    with engines.engine(base, speculative_config=own) as llm:
+    with engines.engine(base, speculative_config={"method": method, **OWN[method]}) as llm:
         answers = exactness.generate(llm, mine, asked)
         drafted, _ = drafts(llm)
         engines.assert_all_returned(llm)
+        if method == "suffix":
+            remembered = runner(llm).drafter.suffix_cache.cached_requests
+            # vLLM takes in what is said, once: of followers nothing.
+            assert len(remembered) == len(mine)
     exactness.assert_greedy(mine, answers, exactness.references(base, mine, LENGTH))
     assert drafted
 
@@ -142,6 +178,40 @@ def generate(llm: Any, job: workload.Job, number: int = 1, **asked: Any) -> list
     return [output.outputs[0] for output in outputs]
 
 
+Law = dict[tuple[int, ...], float]
+
+
+def laws(
+    models: tuple[str, dict[str, str]],
+    job: workload.Job,
+    allowed: list[int],
+    count: int,
+    formula: Formula,
+    heat: float = 1.0,
+) -> Law:
+    """The probability of each sequence of so many of the allowed tokens."""
+    ids, paths = exactness.ids_of(job), exactness.models_of(job, *models)
+
+    def following(tokens: tuple[int, ...]) -> dict[int, float]:
+        with torch.inference_mode():
+            sequences = {term: torch.tensor([ids[term] + list(tokens)]) for term in formula.terms}
+            rows = {t: reference.load(paths[t])(ids_).logits[0, -1] for t, ids_ in sequences.items()}
+            likely = (formula.evaluate(rows, dtype=torch.float64)[allowed] / heat).softmax(-1)
+        return dict(zip(allowed, likely.tolist(), strict=True))
+
+    law: Law = {(): 1.0}
+    for _ in range(count):
+        law = {(*t, x): p * q for t, p in law.items() for x, q in following(t).items()}
+    return law
+
+
+def p_value(found: Counter[tuple[int, ...]], law: Law) -> float:
+    outcomes = sorted(law)
+    assert found.keys() <= set(outcomes)
+    samples = [place for place, outcome in enumerate(outcomes) for _ in range(found[outcome])]
+    return chi_square(samples, torch.tensor([law[outcome] for outcome in outcomes]).log())
+
+
 @pytest.mark.parametrize(
     ("name", "speculative", "number"),
     [("a small model drafts", 2, 5000), ("two levels, three models", None, 2000)],
@@ -150,7 +220,6 @@ def test_sequences_are_distributed_as_the_formula_says(
     llm: Any, models: tuple[str, dict[str, str]], name: str, speculative: int | None, number: int
 ) -> None:
     """Four tokens of two outcomes each: a step, then a round of two drafts, and what is left after it."""
-    base, constituents = models
     count, allowed = 4, [300, 301]
     job = one(name)
     asked = dict(temperature=1.0, allowed_token_ids=allowed, max_tokens=count, ignore_eos=True)
@@ -158,33 +227,32 @@ def test_sequences_are_distributed_as_the_formula_says(
     found = Counter(tuple(completion.token_ids) for completion in completions)
     drafted, accepted = drafts(llm)
     assert 0 < accepted < drafted
-
-    formula, ids = job.reference_formula(), exactness.ids_of(job)
-    paths = exactness.models_of(job, base, constituents)
-
-    def law_of(text: Formula) -> dict[tuple[int, ...], float]:
-        law: dict[tuple[int, ...], float] = {(): 1.0}
-        for _ in range(count):
-            law = {(*t, x): p * q for t, p in law.items() for x, q in following(text, t).items()}
-        return law
-
-    def following(text: Formula, tokens: tuple[int, ...]) -> dict[int, float]:
-        with torch.inference_mode():
-            sequences = {term: torch.tensor([ids[term] + list(tokens)]) for term in text.terms}
-            rows = {t: reference.load(paths[t])(ids_).logits[0, -1] for t, ids_ in sequences.items()}
-            likely = text.evaluate(rows, dtype=torch.float64)[allowed].softmax(-1)
-        return dict(zip(allowed, likely.tolist(), strict=True))
-
-    def p_value(law: dict[tuple[int, ...], float]) -> float:
-        outcomes = sorted(law)
-        samples = [place for place, outcome in enumerate(outcomes) for _ in range(found[outcome])]
-        assert len(samples) == number
-        return chi_square(samples, torch.tensor([law[outcome] for outcome in outcomes]).log())
-
-    assert p_value(law_of(formula)) > SIGNIFICANCE
+    law_of = functools.partial(laws, models, job, allowed, count)
+    assert p_value(found, law_of(job.reference_formula())) > SIGNIFICANCE
     # What the drafts alone would have given is told apart: the test can fail.
     drafter = "s" if name.startswith("a small") else "a"
-    assert p_value(law_of(Formula.parse(drafter))) < CLEARLY_WRONG
+    assert p_value(found, law_of(Formula.parse(drafter))) < CLEARLY_WRONG
+
+
+@pytest.mark.parametrize("model", FREE_DRAFTERS)
+def test_copied_sequences_are_distributed_as_the_formula_says(
+    llm: Any, models: tuple[str, dict[str, str]], model: str
+) -> None:
+    """As above, where vLLM's own rejection sampler checks what was copied."""
+    if model == "suffix":
+        suffixes(llm)
+    count, allowed, heat, number = 4, [300, 301], 0.6, 1500
+    text = llm.get_tokenizer().decode([300, 301, 301, 300] * 4)
+    terms = {"s": {"model": model}, "b": {"system": ""}}
+    job = workload.Job(text, Formula.parse("superseded(s, a + 0.5*b)", terms), {"a": text, "b": f"\n{text}"})
+    asked = dict(temperature=heat, allowed_token_ids=allowed, max_tokens=count, ignore_eos=True)
+    completions = generate(llm, job, number, speculative=3, **asked)
+    found = Counter(tuple(completion.token_ids) for completion in completions)
+    drafted, accepted = drafts(llm)
+    assert 0 < accepted < drafted
+    formula = Formula.parse("a + 0.5*b")
+    assert p_value(found, laws(models, job, allowed, count, formula, heat)) > SIGNIFICANCE
+    assert p_value(found, laws(models, job, allowed, count, formula, heat=1.0)) < CLEARLY_WRONG
 
 
 SURFACE: dict[str, dict[str, Any]] = {
@@ -265,6 +333,71 @@ def test_ngrams_draft(llm: Any, text: str, factors: tuple[int, int]) -> None:
     drafted, accepted = drafts(llm)
     assert found.token_ids == plain.token_ids
     assert 0 < accepted <= drafted
+
+
+def suffixes(llm: Any) -> Any:
+    """The worker's."""
+    pytest.importorskip("arctic_inference", reason="suffixes need arctic-inference, see docs/serving.md")
+    generate(llm, one("a small model drafts"), max_tokens=2)  # from here on there are rounds
+    rounds(llm).__dict__.pop("_suffixes", None)  # what other tests have left behind
+    drafts(llm)
+    return rounds(llm)._suffixes
+
+
+@pytest.mark.parametrize(
+    ("text", "factors"),
+    [("superseded(s, 2*a - b)", (1, 1)), ("superseded(s, a) + 0.3*b", (3, 5))],
+    ids=["for the formula", "for its first level"],
+)
+def test_suffixes_draft_from_earlier_answers(llm: Any, text: str, factors: tuple[int, int]) -> None:
+    """Greedy answers stay what they are, beside plain requests and with an abort between; and a second time
+    they take fewer calls than the first, which has only its own text to copy."""
+    memory = suffixes(llm)
+    a, b = ({"speculative_factor": factor} for factor in factors)
+    formula = Formula.parse(text, {"s": {"model": "suffix"}, "a": a, "b": {"system": "Count.", **b}})
+    asked = dict(temperature=0, max_tokens=24, ignore_eos=True)
+    prompts = [f"The value of {word} is" for word in ("one", "two", "three")]
+    core = llm.llm_engine
+
+    def answers(how: Any) -> list[list[int]]:
+        params = [formula.sampling_params(speculative=how, **asked)] * 3 + [SamplingParams(**asked)]
+        outputs = llm.generate([*prompts, prompts[0]], params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def calls() -> int:
+        core, worker = llm.collective_rpc(FIGURES)
+        return sum(number for _, number in [*core["calls"], *worker["calls"]])
+
+    plain = answers("off")
+    assert drafts(llm) == (0, 0)
+    core.add_request("gone", prompts[0], formula.sampling_params(speculative=4, max_tokens=64))
+    for _ in range(5):
+        core.step()
+    core.abort_request(["gone"])
+    calls()
+    assert answers(4) == plain
+    first = calls()
+    assert answers(4) == plain
+    assert calls() < first
+    # One answer of each leader that drafted is remembered; of followers and of plain requests there is none.
+    assert len(memory._trees.cached_requests) == 1 + 3 + 3
+    assert answers("off") == plain
+    # What the last step ended is let go by the next one that drafts.
+    llm.generate(prompts[:1], formula.sampling_params(speculative=4, max_tokens=2), use_tqdm=False)
+    assert len(memory._trees.active_requests) == len(memory._texts) == 1
+
+
+def test_an_answer_to_a_seed_does_not_depend_on_earlier_ones(llm: Any) -> None:
+    memory = suffixes(llm)
+    formula = Formula.parse("superseded(s, a)", {"s": {"model": "suffix"}})
+    asked = dict(temperature=1.0, seed=7, max_tokens=24, ignore_eos=True, allowed_token_ids=[300, 301])
+    found = []
+    for _ in range(2):
+        params = formula.sampling_params(speculative=4, **asked)
+        found.append(llm.generate(["So"], params, use_tqdm=False)[0].outputs[0].token_ids)
+    assert found[0] == found[1]
+    assert drafts(llm)[0] > 0
+    assert not memory._trees.cached_requests
 
 
 def test_what_does_not_pay_is_left_out(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,13 @@ def facts(llm: Any) -> dict[str, Any]:
     }
 
 
+def remembered(llm: Any) -> tuple[int, int]:
+    """(texts that are followed, answers that are remembered) for `suffix`."""
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    trees = runner.model_state.rounds._suffixes._trees
+    return len(trees.active_requests), len(trees.cached_requests)
+
+
 def completions(
     llm: Any, jobs: list[workload.Job], speculative: Any, asked: dict[str, Any]
 ) -> tuple[list[tuple[list[int], Any, list[dict[int, float]]]], dict[str, Any]]:
@@ -219,6 +226,21 @@ def test_ngrams_draft(call: runners.Call, text: str, factors: tuple[int, int], c
     assert none["drafted"] == 0 < some["accepted"]
     assert (some["drafting calls"] > 0) == (calls > 0)
     assert some["drafting calls"] <= 0.8 * calls * some["drafted"], some
+
+
+def test_suffixes_draft_from_earlier_answers(call: runners.Call) -> None:
+    """A second answer has what the first has left behind; what has ended is let go."""
+    pytest.importorskip("arctic_inference", reason="suffixes need arctic-inference, see docs/serving.md")
+    formula = Formula.parse("superseded(s, 2*a - b)", {"s": {"model": "suffix"}, "b": {"system": "Count."}})
+    drafting = [workload.Job("The value of one is", formula), workload.Job("So")]
+    asked = dict(temperature=0, max_tokens=16, ignore_eos=True)
+    plain, none = call(completions, drafting, "off", asked)
+    found, some = call(completions, drafting, 4, asked)
+    again, more = call(completions, drafting, 4, asked)
+    assert found == again == plain
+    assert none["drafted"] == 0
+    assert some["accepted"] < more["accepted"]
+    assert call(remembered) == (0, 2)
 
 
 def test_seeds(call: runners.Call) -> None:

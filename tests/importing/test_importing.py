@@ -238,7 +238,7 @@ def test_n_grams_draft_where_an_autocomplete_did(tmp_path):
     }
     speculation = speculate(formula)
     assert isinstance(speculation, Speculation)
-    assert (speculation.ngram, speculation.lengths) == (True, (3, 8))
+    assert (speculation.free, speculation.lengths) == ("ngram", (3, 8))
     assert any("drafts from a corpus" in note for note in imported.notes)
 
 

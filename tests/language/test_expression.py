@@ -13,6 +13,7 @@ from hypothesis import given
 from vllm_marith import Formula, FormulaError, Term, intersection, union
 from vllm_marith.language import parse_request
 from vllm_marith.language.limits import TRUSTED
+from vllm_marith.language.names import FREE_DRAFTERS
 
 from .strategies import TERMS, expressions, formulas
 
@@ -181,6 +182,10 @@ def test_operands_of_other_kinds(other):
         ({"speculative_factor": 0}, "'speculative_factor' of a term must be a whole number of at least 1"),
         ({"speculative_factor": True}, "'speculative_factor' of a term must be a whole number of at least 1"),
         ({"model": "ngram", "system": ""}, "'system' belongs to a language model, and the model 'ngram' is"),
+        (
+            {"model": "suffix", "system": ""},
+            "'system' belongs to a language model, and the model 'suffix' is",
+        ),
         ({"model": "ngram", "prompt": "x"}, "'prompt' belongs to a language model"),
         ({"model": "ngram", "adapter": "x"}, "'adapter' belongs to a language model"),
         ({"model": "ngram", "speculative_factor": 2}, "'speculative_factor' belongs to a language model"),
@@ -212,14 +217,16 @@ def test_needs():
     }
 
 
+@pytest.mark.parametrize("model", FREE_DRAFTERS)
 @pytest.mark.parametrize("text", ["n", "a + n", "0*n + a", "superseded(a, n)", "superseded(2*n, a)"])
-def test_an_ngram_only_drafts(text):
-    with pytest.raises(FormulaError, match="the term 'n' is an n-gram"):
-        Formula.parse(text, {"n": {"model": "ngram"}})
+def test_earlier_text_only_drafts(text, model):
+    with pytest.raises(FormulaError, match=f"the term 'n' has the model '{model}', which has no probab"):
+        Formula.parse(text, {"n": {"model": model}})
 
 
-def test_a_drafting_ngram_needs_nothing_and_has_no_logits():
-    formula = Formula.parse("superseded(n, superseded(n, a)) + b", {"n": {"model": "ngram"}})
+@pytest.mark.parametrize("model", FREE_DRAFTERS)
+def test_what_drafts_from_earlier_text_needs_nothing_and_has_no_logits(model):
+    formula = Formula.parse("superseded(n, superseded(n, a)) + b", {"n": {"model": model}})
     assert (formula.needs, formula.leader) == ({}, "a")
     logits = {name: np.arange(4.0) ** i for i, name in enumerate("ab")}
     expected = Formula.parse("a + b").evaluate(logits)

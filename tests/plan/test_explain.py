@@ -83,6 +83,7 @@ def test_drafts():
         "big": {"model": "big", "speculative_factor": 3},
         "warm": {"system": "warm", "model": "big", "speculative_factor": 9},
         "recent": {"model": "ngram"},
+        "early": {"model": "suffix"},
     }
 
     def lines(text):
@@ -96,6 +97,9 @@ def test_drafts():
     explained = lines("superseded(recent, big)")
     assert "           recent  model ngram  (only drafts)" in explained
     assert "drafts     2 tokens of n-grams, tested by the formula" in explained
+    explained = lines("superseded(early, big)")
+    assert "           early  model suffix  (only drafts)" in explained
+    assert "drafts     2 tokens of suffixes, of earlier answers, too, tested by the formula" in explained
     assert any(
         line.startswith("drafts     none: what runs for every token, -small, makes no distribution")
         for line in lines("2*big - small")

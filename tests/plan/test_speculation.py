@@ -289,7 +289,16 @@ def test_levels(text, options, levels, lengths, drafters):
     found = speculation_of(text, **options)
     assert [str(formula) for formula in _formulas(found)] == levels
     assert (found.lengths, found.longest, found.drafters) == (lengths, lengths[-1], drafters)
-    assert found.ngram == ("g" in text)
+    assert found.free == ("ngram" if "g" in text else None)
+
+
+@pytest.mark.parametrize(
+    "text", ["superseded(s, a)", "superseded(s, superseded(g, a))", "superseded(g, a) + superseded(s, b)"]
+)
+def test_suffixes_read_what_ngrams_read(text):
+    terms = {"g": {"model": "ngram"}, "s": {"model": "suffix"}}
+    found = speculate(Formula.parse(text, terms), 3)
+    assert (found.free, found.levels, found.lengths, found.drafters) == ("suffix", (), (3,), ())
 
 
 @pytest.mark.parametrize(

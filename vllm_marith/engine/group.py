@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
+from vllm_marith.language.names import NGRAM, SUFFIX
 from vllm_marith.plan import without_rows
 
 KEY = "marith"
@@ -83,7 +84,7 @@ OWN_FORMULA = "custom"
 MemberAdapter = list[Any]
 """A LoRA adapter: vLLM's ``LoRARequest``, as msgspec writes it."""
 
-Drafter = Literal["", "formula", "ngram"]
+Drafter = Literal["", "formula", "ngram", "suffix"]
 
 
 class Private(str):
@@ -146,8 +147,8 @@ class GroupSpec:
         draft_lengths: how many tokens each level drafts before the next one, or the formula, tests them.
             The last is K, the most that one step of the formula tests.
         drafter: what drafts first: "" for nothing, i.e. one token a step; "formula" for the first of
-            `drafts`; "ngram" for vLLM's n-gram proposer, which has the first of `draft_lengths`; there is
-            then one more of these than there are `drafts`.
+            `drafts`; "ngram" and "suffix" for text that is copied, which has the first of `draft_lengths`;
+            there is then one more of these than there are `drafts`.
         adaptive: the lengths are upper bounds, and drafting happens where it pays.
     """
 
@@ -194,6 +195,13 @@ class GroupSpec:
             adaptive=False,
             only_draft=0,
         )
+
+    def kept_apart(self) -> GroupSpec:
+        """The group of a request that has nothing to do with the answers of others.
+
+        n-grams, of its own text alone, take the place of suffixes.
+        """
+        return replace(self, drafter=NGRAM) if self.drafter == SUFFIX else self
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

@@ -36,13 +36,15 @@ class FormulaLogitsProcessor(V1LogitsProcessor, V2LogitsProcessor):
     ) -> None:
         """where: the device (V1), or V2's state of all requests."""
         from .settings import Settings
-        from .worker import cpu_lora, rows, runner_v1, runner_v2
+        from .worker import cpu_lora, cpu_rejection, rows, runner_v1, runner_v2
         from .worker.classifiers.loading import load_classifiers
 
         if isinstance(where, torch.device):
             device = where
             runner_v1.install(constituents=bool(Settings.of(vllm_config).constituents))
             self.classifiers = load_classifiers(vllm_config, device)
+            if current_platform.is_cpu():
+                cpu_rejection.install()
         else:
             device = where.device
             if not runner_v2.installed():

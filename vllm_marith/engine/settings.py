@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ from pydantic import (
 )
 
 from vllm_marith.language import Formula, FormulaError
-from vllm_marith.language.names import NGRAM, PLAIN_NAME
+from vllm_marith.language.names import FREE_DRAFTERS, PLAIN_NAME, SUFFIX
 from vllm_marith.language.presets import PresetError, Presets
 from vllm_marith.language.request import Limits
 from vllm_marith.language.speculative import Speculative, check_speculative
@@ -39,10 +40,16 @@ def _requestable(name: str) -> str:
     return name
 
 
-def _no_ngram(name: str) -> str:
-    if name == NGRAM:
-        raise ValueError(f"the name '{NGRAM}' is taken: terms with that model draft what n-grams propose")
+def _no_drafter(name: str) -> str:
+    if name in FREE_DRAFTERS:
+        raise ValueError(
+            f"the name '{name}' is taken: terms with that model draft what earlier text proposes"
+        )
     return name
+
+
+def _has_suffixes() -> bool:
+    return find_spec("arctic_inference") is not None
 
 
 Name = Annotated[str, AfterValidator(_requestable)]
@@ -93,6 +100,8 @@ class Settings(BaseModel):
         speculative: whether requests that do not say so are drafted, and how far, see
             `vllm_marith.language.speculative`.
         max_speculative_tokens: the most tokens that are drafted at a time.
+        remembered_answers: earlier answers that "suffix" drafts from, see
+            `vllm_marith.engine.worker.speculation.suffixes`.
         warmup: whether each worker compiles the fusion kernels before it serves.
     """
 
@@ -103,13 +112,14 @@ class Settings(BaseModel):
     limits: Limits = Field(default_factory=Limits)
     classifiers: dict[Name, ClassifierSettings] = Field(default_factory=dict)
     max_classifier_texts: Annotated[int, Field(ge=1, strict=True)] = 256
-    constituents: dict[Annotated[Name, AfterValidator(_no_ngram)], ConstituentSettings] = Field(
+    constituents: dict[Annotated[Name, AfterValidator(_no_drafter)], ConstituentSettings] = Field(
         default_factory=dict
     )
     block_sizes: tuple[int, ...] = ()
     combine_hidden_states: bool = False
     speculative: Annotated[Speculative, BeforeValidator(check_speculative)] = "off"
     max_speculative_tokens: Annotated[int, Field(ge=1, le=32, strict=True)] = 8
+    remembered_answers: Annotated[int, Field(ge=0, strict=True)] = 1000
     warmup: bool = True
 
     @model_validator(mode="after")
@@ -174,6 +184,11 @@ class Settings(BaseModel):
             found = f"this server drafts at most {most} tokens at a time"
         else:
             found = speculate(formula, length, limit=most)
+            if isinstance(found, Speculation) and found.free == SUFFIX and not _has_suffixes():
+                found = (
+                    f"'{SUFFIX}' drafts with the package arctic-inference, which this server does not have; "
+                    "its operator can install it, and 'ngram' needs none"
+                )
         if isinstance(found, str):
             if demanded:
                 raise FormulaError(f"'speculative' is {asked}, but {found}")
@@ -197,7 +212,7 @@ class Settings(BaseModel):
         for name, formula in presets.formulas.items():
             for label, term in formula.terms.items():
                 for kind, named, known in (
-                    ("constituent", None if term.model == NGRAM else term.model, self.constituents),
+                    ("constituent", None if term.model in FREE_DRAFTERS else term.model, self.constituents),
                     ("classifier", term.classifier, self.classifiers),
                 ):
                     if named is not None and named not in known:

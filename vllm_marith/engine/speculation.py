@@ -5,7 +5,8 @@ speculate.  So where the settings say that formulas draft, vLLM is told to, with
 only proposes for formulas that ask for it, and plain requests never have drafts.
 
 An operator may also have vLLM speculate for all requests (``--speculative-config``), with a proposer that
-needs no model: then it proposes for formulas, too, as for their leaders.
+needs no model (its methods are called as in formulas): then it proposes for formulas, too, as for their
+leaders.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from .settings import Settings
+from vllm_marith.language.names import FREE_DRAFTERS, NGRAM
 
-FREE_DRAFTERS = ("ngram", "suffix")
-"""Methods of vLLM's that propose tokens without a model of their own."""
+from .settings import Settings
 
 _OURS = "marith"
 
@@ -45,7 +45,7 @@ def configured(engine_args: Any) -> Iterator[None]:
                 "formulas draft (`speculative` in the settings) or vLLM does (--speculative-config), not both"
             )
         engine_args.speculative_config = {
-            "method": "ngram",
+            "method": NGRAM,
             "num_speculative_tokens": settings.max_speculative_tokens,
             "prompt_lookup_min": 1,
             "prompt_lookup_max": 4,
@@ -81,7 +81,7 @@ def slots_ahead(config: Any) -> int:
 def refusals(config: Any) -> Iterator[tuple[bool, str]]:
     """(whether a configuration is refused, the sentence), for what concerns speculation."""
     theirs = config.speculative_config
-    method = theirs.method if theirs is not None else FREE_DRAFTERS[0]
+    method = theirs.method if theirs is not None else NGRAM
     yield (
         method not in FREE_DRAFTERS,
         f"--speculative-config: formulas cannot be drafted by the method {method!r}; "

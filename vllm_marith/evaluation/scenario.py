@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_marith.language import Formula, parse_request
-from vllm_marith.language.names import NGRAM
+from vllm_marith.language.names import FREE_DRAFTERS
 
 FOLDER = Path(__file__).with_name("scenarios")
 EMBEDDED = "embedded:"
@@ -269,7 +269,7 @@ class Scenario(_Model):
         for name in sorted(self._names(formula)):
             term = self.terms[name]
             for key, models in (("model", self.engine.constituents), ("classifier", self.engine.classifiers)):
-                if key in term and term[key] != NGRAM and models.get(term[key]) is None:
+                if key in term and term[key] not in FREE_DRAFTERS and models.get(term[key]) is None:
                     missing.append(f"the {'constituent' if key == 'model' else key} '{term[key]}'")
         return missing
 

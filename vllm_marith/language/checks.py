@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import Final
 
 from vllm_marith.language.algebra import (
@@ -71,23 +71,26 @@ def check_weights(root: Node, normalize: str) -> None:
         )
 
 
-def check_ngrams(node: Node, ngrams: Collection[str]) -> None:
-    """Refuse a term that is an n-gram anywhere but as what drafts for another.
+def check_free_drafters(node: Node, drafters: Mapping[str, str]) -> None:
+    """Refuse a term that proposes tokens without a model anywhere but as what drafts for another.
+
+    Args:
+        drafters: the names of these terms, with what formulas call their models.
 
     Raises:
         FormulaError: naming it.
     """
     match node:
-        case Superseded(Leaf(name), large) if name in ngrams:
-            check_ngrams(large, ngrams)
-        case Leaf(name) if name in ngrams:
+        case Superseded(Leaf(name), large) if name in drafters:
+            check_free_drafters(large, drafters)
+        case Leaf(name) if name in drafters:
             raise FormulaError(
-                f"the term '{name}' is an n-gram, which has no probabilities and only drafts: it stands in "
-                f"superseded({name}, ...) and nowhere else"
+                f"the term '{name}' has the model '{drafters[name]}', which has no probabilities and only "
+                f"drafts: it stands in superseded({name}, ...) and nowhere else"
             )
         case _:
             for child in children(node):
-                check_ngrams(child, ngrams)
+                check_free_drafters(child, drafters)
 
 
 def _is_distribution(node: Node) -> bool:

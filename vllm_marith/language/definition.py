@@ -19,7 +19,7 @@ from vllm_marith.language import filters
 from vllm_marith.language.algebra import parts, simplify
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.expression import Formula
-from vllm_marith.language.names import NGRAM
+from vllm_marith.language.names import FREE_DRAFTERS
 from vllm_marith.language.nodes import (
     Dialled,
     Filtered,
@@ -185,8 +185,10 @@ def _inputs(formula: Formula, logits: Mapping[str, Any]) -> tuple[dict[str, torc
     import torch
 
     wanted = [node.name for node in walk(formula.root) if isinstance(node, Leaf)]
-    # The others are only read by `strength`, or are n-grams, which have no logits.
-    names = [name for name, term in formula.terms.items() if name in wanted and term.model != NGRAM]
+    # The others are only read by `strength`, or propose without logits.
+    names = [
+        name for name, term in formula.terms.items() if name in wanted and term.model not in FREE_DRAFTERS
+    ]
     missing = [name for name in names if name not in logits]
     if missing:
         raise FormulaError(f"no logits for the term '{missing[0]}'; the formula has {', '.join(names)}")

@@ -15,11 +15,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from vllm_marith.language.building import add, divide, multiply, number, scale
-from vllm_marith.language.checks import check_ngrams, check_weights
+from vllm_marith.language.checks import check_free_drafters, check_weights
 from vllm_marith.language.constraints import Constraints
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.limits import MAX_NESTING, Limits
-from vllm_marith.language.names import NGRAM, Normalize, check_normalize
+from vllm_marith.language.names import FREE_DRAFTERS, Normalize, check_normalize
 from vllm_marith.language.naming import as_number, unify
 from vllm_marith.language.nodes import Node, leaf_names, nesting, rename
 from vllm_marith.language.speculative import Speculative, check_speculative
@@ -165,12 +165,14 @@ class Formula(_Arithmetic):
 
         Raises:
             FormulaError: no language model, a total weight N that is not positive under normalize "sum",
-                weights beyond any use, a filter under a negative weight, or an n-gram where it cannot draft.
+                weights beyond any use, a filter under a negative weight, or an n-gram and the
+                like where it cannot draft.
         """
         if not self.terms:
             raise FormulaError("a formula needs at least one term")
         _ = self.leader
-        check_ngrams(self.root, {name for name, term in self.terms.items() if term.model == NGRAM})
+        free = {name: term.model for name, term in self.terms.items() if term.model in FREE_DRAFTERS}
+        check_free_drafters(self.root, free)
         check_weights(self.root, self.normalize)
         return self
 

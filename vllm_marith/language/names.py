@@ -32,7 +32,12 @@ FUNCTIONS: Final = frozenset(
 )
 UNIFORM: Final = "uniform"
 BASE: Final = "base"  # the one term every server defines: the request as it is
-NGRAM: Final = "ngram"  # the model of a term that proposes what once followed the last tokens; no constituent
+# Models of terms that propose what once followed the last tokens.  They are no constituents, and free:
+# nothing runs for them.
+NGRAM: Final = "ngram"  # in the request's own prompt and answer
+SUFFIX: Final = "suffix"  # and in earlier answers
+FreeDrafter = Literal["ngram", "suffix"]
+FREE_DRAFTERS: Final[tuple[FreeDrafter, ...]] = (NGRAM, SUFFIX)
 
 # Models, adapters and classifiers are named, never located: no slash and no dot in front, so neither a path
 # nor a hub id.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
 from vllm_marith.language.errors import FormulaError
-from vllm_marith.language.names import NGRAM, PLAIN_NAME, check_term_name
+from vllm_marith.language.names import FREE_DRAFTERS, PLAIN_NAME, check_term_name
 from vllm_marith.language.nodes import Leaf
 from vllm_marith.language.validation import describe, is_text
 
@@ -22,8 +22,9 @@ class TermFields:
         system: chat: this term's system message; completion: `system + "\\n" + input`.
         prompt: a template in which `{input}` stands for the user's input.  Without `system` and `prompt`
             the term sees the request as it is.
-        model: a constituent model of the server, by name; None is the base model; "ngram" is none and only
-            drafts, as the small operand of `superseded`: what once followed the last tokens.
+        model: a constituent model of the server, by name; None is the base model; "ngram" and "suffix" are
+            none and only draft, as the small operand of `superseded`: what once followed the last tokens, in
+            prompt and answer, and in earlier answers, too.
         adapter: a LoRA adapter that the server knows, by name.
         classifier: a classifier that the server's configuration lists, by name.  The term is then no language
             model: its energy says how much more a token makes the text belong to a class, see `nodes`.
@@ -93,12 +94,12 @@ class TermFields:
             raise FormulaError(
                 f"'label' of a term must be a class's name or index, not {describe(self.label)}"
             )
-        if self.model == NGRAM:
+        if self.model in FREE_DRAFTERS:
             given = [key for key in _LANGUAGE_MODEL_OPTIONS if getattr(self, key) != _default(key)]
             if given:
                 raise FormulaError(
-                    f"'{given[0]}' belongs to a language model, and the model 'ngram' is none: it reads the "
-                    "leader's tokens"
+                    f"'{given[0]}' belongs to a language model, and the model '{self.model}' is none: it "
+                    "reads the leader's tokens"
                 )
         if self.classifier is None:
             given = [key for key in _CLASSIFIER_OPTIONS if getattr(self, key) != _default(key)]
@@ -124,7 +125,7 @@ class TermFields:
         asked = [
             name
             for name in ("model", "adapter", "classifier")
-            if getattr(self, name) is not None and (name, self.model) != ("model", NGRAM)
+            if getattr(self, name) is not None and not (name == "model" and self.model in FREE_DRAFTERS)
         ]
         return (*asked, "speculative_factor") if self.speculative_factor != 1 else tuple(asked)
 

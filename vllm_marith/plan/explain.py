@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vllm_marith.language.algebra import parts, simplify
 from vllm_marith.language.expression import Formula, Term
-from vllm_marith.language.names import NGRAM
+from vllm_marith.language.names import FREE_DRAFTERS, NGRAM, SUFFIX
 from vllm_marith.language.nodes import Number, Superseded, walk
 from vllm_marith.language.text import dial_text, format_number, to_text
 from vllm_marith.plan.lowering import lower
@@ -15,6 +15,7 @@ from vllm_marith.plan.speculation import Speculation, speculate
 
 _LABEL = 11  # width of the left column
 _PROMPT = 60  # characters of a prompt that are shown
+_FREE = {NGRAM: "n-grams", SUFFIX: "suffixes, of earlier answers, too"}
 _KL_OPTIONS = ("divergence", "include_max", "minimize", "top_k")
 
 
@@ -67,7 +68,8 @@ def _terms(formula: Formula, plan: Plan, speculation: Speculation | str) -> Iter
     read |= {row for stage in plan.stages for row in stage.sources}
     for name, term in formula.terms.items():
         notes = ["leader"] if name == formula.leader else []
-        if term.model == NGRAM or (isinstance(speculation, Speculation) and name in speculation.drafters):
+        drafts = isinstance(speculation, Speculation) and name in speculation.drafters
+        if drafts or term.model in FREE_DRAFTERS:
             notes.append("only drafts")
         elif name not in plan.terms + plan.classifiers:
             notes.append("not run: it only drafts, or its weights cancel")
@@ -85,7 +87,7 @@ def _drafts(formula: Formula, speculation: Speculation | str) -> Iterator[str]:
         ):
             yield f"none: {speculation}"
         return
-    proposals = ["n-grams"] if speculation.ngram else []
+    proposals = [_FREE[speculation.free]] if speculation.free else []
     proposals += [str(level.formula) for level in speculation.levels]
     testers = [*proposals[1:], "the formula"]
     for proposal, length, tester in zip(proposals, speculation.lengths, testers, strict=True):

@@ -29,7 +29,7 @@ from vllm_marith.language.algebra import simplify
 from vllm_marith.language.building import add, dialled, gate, is_factor, join, mixture, scale
 from vllm_marith.language.errors import FormulaError
 from vllm_marith.language.expression import Formula
-from vllm_marith.language.names import NGRAM
+from vllm_marith.language.names import NGRAM, SUFFIX, FreeDrafter
 from vllm_marith.language.nodes import (
     Dialled,
     Filtered,
@@ -160,14 +160,15 @@ class Speculation:
         lengths: how many tokens each level drafts before the next one, or the whole formula, tests them;
             ascending.
         drafters: names of terms that only draft, i.e. that the formula without speculation does not run.
-        ngram: n-grams of prompt and answer draft, which no term has to run for.  They come before all levels,
-            of which there may be none, and have the first of the lengths, one more than there are levels.
+        free: what copies tokens from earlier text, for which no term has to run.  It comes before all levels,
+            of which there may be none, and has the first of the lengths, one more than there are levels.
+            Where both are asked for it is "suffix", which reads all that "ngram" reads.
     """
 
     levels: tuple[Level, ...]
     lengths: tuple[int, ...]
     drafters: tuple[str, ...] = ()
-    ngram: bool = False
+    free: FreeDrafter | None = None
 
     @property
     def longest(self) -> int:
@@ -210,11 +211,12 @@ def speculate(formula: Formula, length: int | None = None, limit: int | None = N
     whole = max(largest, 2)
     later = lagging | small & superseding
     factors = {name: 1 if name not in later else own if own > 1 else whole for name, own in asked.items()}
-    ngram = any(formula.terms[name].model == NGRAM for name in small)
+    models = {formula.terms[name].model for name in small}
+    free: FreeDrafter | None = SUFFIX if SUFFIX in models else NGRAM if NGRAM in models else None
 
     levels, lengths = list[Level](), list[int]()
     for factor in sorted({1, *factors.values()} - {whole}):
-        if factor == 1 and ngram:
+        if factor == 1 and free:
             continue
         found = _level(formula, {name for name, own in factors.items() if own <= factor}, factor)
         if factor == 1 and isinstance(found, str):
@@ -229,7 +231,7 @@ def speculate(formula: Formula, length: int | None = None, limit: int | None = N
     lengths.append(length)
     needed = {name for level in levels for name in level.terms}
     drafters = tuple(name for name in formula.terms if name in needed and name not in live)
-    return Speculation(tuple(levels), tuple(lengths), drafters, ngram)
+    return Speculation(tuple(levels), tuple(lengths), drafters, free)
 
 
 def _superseded(root: Node) -> tuple[set[str], set[str]]:

@@ -142,7 +142,7 @@ def _rows(spec: GroupSpec) -> np.ndarray:
     np.add.at(rows[0], members, 1)
     np.add.at(rows[1], members[spec.size - spec.only_draft :], 1)
     # The first level runs for every token, another once for each batch that the one before it drafts, and
-    # n-grams run for nothing.
+    # copied text takes none.
     own = spec.draft_lengths[len(spec.draft_lengths) - len(spec.drafts) :]
     for text, batch in zip(spec.drafts, [1, *(length + 1 for length in own)], strict=False):
         for constituent in {spec.members[member] for member in _members(text)}:

@@ -51,7 +51,7 @@ class Rows:
     Attributes:
         running: rows of each constituent.
         drafters: those of them that only draft.
-        rates: passes that a formula takes for each drafted token; 0 where n-grams draft.
+        rates: passes that a formula takes for each drafted token; 0 where text is copied.
     """
 
     running: np.ndarray

@@ -298,6 +298,8 @@ class Admission:
         room = self.room(lengths, spec.members)
         params.max_tokens = min([*limits, room] if room is not None else limits)
         spec = replace(spec, explain=engine_input.get(EXPLAIN, ""))
+        if params.seed is not None or request.cache_salt:
+            spec = spec.kept_apart()
         params.extra_args = {**params.extra_args, KEY: spec.to_wire()}
         request.prompt_token_ids = leader
         request.lora_request = admitted.adapter

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from vllm_marith.language import FormulaError, FormulaRequest, Presets, read_request
-from vllm_marith.language.names import NGRAM
+from vllm_marith.language.names import FREE_DRAFTERS
 from vllm_marith.plan import Plan, lower
 
 from ..classifiers import Card
@@ -55,7 +55,7 @@ class Compiler:
         asked = read_request(value, presets=self.presets, limits=self.settings.limits)
         constituents = self.settings.constituents
         for name, term in asked.formula.terms.items():
-            if term.model not in (None, NGRAM, *constituents):
+            if term.model not in (None, *FREE_DRAFTERS, *constituents):
                 known = ", ".join(constituents) or "none"
                 raise FormulaError(
                     f"term '{name}': beside its base model this server has no model '{term.model}'; "

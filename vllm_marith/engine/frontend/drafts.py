@@ -43,7 +43,7 @@ class Drafts:
             lower(formula, rows),
             tuple(lower(level.formula, rows) for level in speculation.levels),
             speculation.lengths,
-            "ngram" if speculation.ngram else "formula",
+            speculation.free or "formula",
             adaptive,
             demanded,
             len(own),

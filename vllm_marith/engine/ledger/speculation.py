@@ -52,6 +52,14 @@ ENTRIES: tuple[Entry, ...] = (
         attributes=("spec_token_ids",),
     ),
     Entry(
+        "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
+        "on CPUs drafts that vLLM checks meet temperatures, top-k and top-p that nobody has written",
+        "wraps",
+        "vLLM's version for CPUs writing into the tensor that it is given",
+        ("x", "cu_num_tokens", "num_tokens", "replace_from", "replace_to"),
+        runner="v1",
+    ),
+    Entry(
         "vllm.v1.worker.utils:AttentionGroup.build_metadata",
         "attention of drafting members",
         "reads",

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .. import patches
-from ..group import BANS, DRAFTS, FAILURES, KEY, Failure, constituent_of
+from ..group import BANS, FAILURES, KEY, Failure, constituent_of
 from ..settings import Settings
 from .answers import CONTEXT, Continuation
 from .classifiers.rows import ClassifierRows
@@ -199,22 +199,17 @@ def _rounds(runner: Any) -> Rounds | None:
 def _with_drafts(propose_draft_token_ids: Any) -> Any:
     @functools.wraps(propose_draft_token_ids)
     def proposing(self: Any, scheduler_output: Any, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        rounds = _rounds(self)
+        rounds, plan = _rounds(self), getattr(self, "marith_plan", None)
         if rounds is None:
+            if plan is not None:
+                # An operator's own proposer, which may remember what it is told: followers have their
+                # leader's drafts (`engine.core.speculation`), and their answer is its answer once more.
+                followers = {row for group in plan.joint for row in group.rows[1:]}
+                tokens = enumerate(sampled_token_ids)
+                sampled_token_ids = [[] if row in followers else new for row, new in tokens]
             return propose_draft_token_ids(self, scheduler_output, sampled_token_ids, *args, **kwargs)
-        plan = getattr(self, "marith_plan", None)
         with torch.inference_mode():
             drafts = rounds.propose(plan, scheduler_output, sampled_token_ids)
-        wanted = getattr(scheduler_output, DRAFTS, {})
-        joint = plan.joint if plan else ()
-        copying = [g for g in joint if g.tag.drafter == "ngram" and not g.tag.drafts and wanted.get(g.ids[0])]
-        if copying:
-            scheduler_output.num_spec_tokens_to_schedule = self.num_spec_tokens
-            found = propose_draft_token_ids(self, scheduler_output, sampled_token_ids, *args, **kwargs)
-            for group in copying:
-                row = group.rows[0]
-                own = found[row][: wanted[group.ids[0]].after(len(sampled_token_ids[row]))]
-                drafts.update((row, list(own)) for row in group.rows)
         return [drafts.get(row, []) for row in range(self.input_batch.num_reqs)]
 
     return proposing

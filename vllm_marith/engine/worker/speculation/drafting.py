@@ -9,6 +9,8 @@ from typing import Protocol
 import marith_kernels
 import torch
 
+from vllm_marith.language.names import FREE_DRAFTERS
+
 from ..figures import FIGURES
 from ..pipelines import pipeline_of, routine_of
 from ..rows import JointGroup
@@ -66,7 +68,7 @@ class Shape(Protocol):
 
 
 class Copy(Protocol):
-    """Tokens that follow where a text has said the like before: n-grams, which no model has to run for."""
+    """Tokens that followed where the like was said before: n-grams or suffixes, for which no model runs."""
 
     def __call__(self, lines: Sequence[Line], numbers: Sequence[int]) -> Sequence[torch.Tensor]:
         """int64, so many tokens at the most, for each line, to follow what it has proposed so far."""
@@ -112,7 +114,7 @@ class Drafter:
     """Lets lines grow to what they want.
 
     Args:
-        copy: proposes for the first level of formulas that n-grams draft for; without it, nothing does.
+        copy: proposes for the first level of formulas that text drafts for; without it, nothing does.
     """
 
     def __init__(self, forward: Forward, shape: Shape, dice: Dice, copy: Copy | None = None) -> None:
@@ -158,7 +160,7 @@ class Drafter:
         asked = [
             (line, min(_left(line, goal) - 1, line.group.tag.draft_lengths[0]))
             for line, goal in growing
-            if line.group.tag.drafter == "ngram" and _left(line, goal) > 1
+            if line.group.tag.drafter in FREE_DRAFTERS and _left(line, goal) > 1
         ]
         if self._copy is None or not asked:
             return
@@ -242,7 +244,7 @@ class Drafter:
 
 
 def lengths_of(group: JointGroup) -> list[int]:
-    """How many tokens each of a group's partial formulas drafts; those of n-grams come before."""
+    """How many tokens each of a group's partial formulas drafts; those that are copied come before."""
     return group.tag.draft_lengths[-len(group.tag.drafts) :]
 
 

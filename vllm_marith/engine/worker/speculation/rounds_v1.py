@@ -5,8 +5,8 @@
     sample_tokens:  fuse ─▶ grammar mask ─▶ _sample: vLLM's rejection sampler, then SETTLE ─▶ tie
                     ─▶ bookkeeping ─▶ propose_draft_token_ids: DRAFT ─▶ scheduler
 
-vLLM's own rejection sampler serves the requests that it drafted for itself, and formulas whose drafts are
-its n-gram or suffix proposer's: those were not drawn from any distribution, and it is exact for them.
+vLLM's own rejection sampler serves the requests that it drafted for itself, and formulas whose drafts
+are copied text: n-grams or suffixes, which were not drawn from any distribution, and it is exact for them.
 """
 
 from __future__ import annotations
@@ -14,23 +14,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
 
+from vllm_marith.language.names import NGRAM, SUFFIX
+
 from ...group import DRAFTS, Wanted
+from ...settings import Settings
 from .dice import Dice
 from .drafting import Draft, Drafter, Line
 from .forward_v1 import ForwardV1
 from .shape_v1 import ShapeV1
+from .suffixes import Suffixes, trees
 from .verification import NO_TOKEN, Check, settle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..rows import RowPlan
+    from ..rows import JointGroup, RowPlan
 
 
 class Rounds:
@@ -125,46 +130,80 @@ class Rounds:
     # ------------------------------------------------------------------- drafting
 
     def _copies(self, lines: Sequence[Line], numbers: Sequence[int]) -> list[torch.Tensor]:
-        """See `drafting.Copy`: by vLLM's own n-gram proposer."""
-        runner = self._runner
-        texts = np.zeros((len(lines), runner.max_model_len), np.int32)
-        lengths = np.zeros(len(lines), np.int32)
-        for place, line in enumerate(lines):
-            drafted = line.ahead(len(line.tokens)).tolist()
-            known, lengths[place] = line.lengths[0], line.lengths[0] + len(drafted)
-            texts[place, :known] = runner.input_batch.token_ids_cpu[line.leader, :known]
-            texts[place, known : lengths[place]] = drafted
-        found = runner.drafter.propose(max(numbers), [[0]] * len(lines), lengths, texts)
-        return [
-            torch.tensor(tokens[:number], dtype=torch.int64, device=runner.device)
-            for tokens, number in zip(found, numbers, strict=True)
+        """See `drafting.Copy`: by vLLM's own n-gram proposer, or by suffixes."""
+        ahead = [line.ahead(len(line.tokens)).tolist() for line in lines]
+        ngrams = [place for place, line in enumerate(lines) if line.group.tag.drafter == NGRAM]
+        found = [
+            [] if place in ngrams else self._suffixes.propose(line.group.ids[0], tokens, number)
+            for place, (line, tokens, number) in enumerate(zip(lines, ahead, numbers, strict=True))
         ]
+        if ngrams:
+            texts = [(lines[place], ahead[place]) for place in ngrams]
+            proposed = self._ngrams(texts, max(numbers[place] for place in ngrams))
+            for place, tokens in zip(ngrams, proposed, strict=True):
+                found[place] = tokens[: numbers[place]]
+        device = self._runner.device
+        return [torch.tensor(tokens, dtype=torch.int64, device=device) for tokens in found]
+
+    def _ngrams(self, texts: Sequence[tuple[Line, list[int]]], number: int) -> list[list[int]]:
+        """What once followed the last tokens of each line and of what is drafted behind it."""
+        lengths = np.array([line.lengths[0] + len(drafted) for line, drafted in texts], np.int32)
+        table = np.zeros((len(texts), lengths.max()), np.int32)
+        for row, (line, drafted) in zip(table, texts, strict=True):
+            known = line.lengths[0]
+            row[:known] = self._runner.input_batch.token_ids_cpu[line.leader, :known]
+            row[known : known + len(drafted)] = drafted
+        found: list[list[int]] = self._runner.drafter.propose(number, [[0]] * len(texts), lengths, table)
+        return found
+
+    @cached_property
+    def _suffixes(self) -> Suffixes:
+        return Suffixes(trees(Settings.of(self._runner.vllm_config).remembered_answers))
+
+    def _follow(self, group: JointGroup) -> None:
+        """Takes in what the step has added to a text for which suffixes draft, now or later."""
+        batch, name, row = self._runner.input_batch, group.ids[0], group.rows[0]
+
+        def read(start: int, stop: int) -> np.ndarray:
+            tokens: np.ndarray = batch.token_ids_cpu[row, start:stop]
+            return tokens
+
+        length = int(batch.num_tokens_no_spec[row])
+        self._suffixes.follow(name, group.tag.prompt_length, length, read, self._runner.requests[name])
 
     def propose(
         self, plan: RowPlan | None, scheduler_output: Any, sampled: Sequence[Sequence[int]]
     ) -> dict[int, list[int]]:
-        """Request row -> drafts, of all members of the groups that propose by partial formulas.
+        """Request row -> drafts, of all members of the groups that draft.
 
         sampled: the tokens that each request generated in this step.
         """
-        batch = self._runner.input_batch
-        self._drafts = {g: d for g, d in self._drafts.items() if g in self._runner.requests}
+        batch, requests = self._runner.input_batch, self._runner.requests
+        self._drafts = {g: d for g, d in self._drafts.items() if g in requests}
+        if "_suffixes" in self.__dict__:
+            self._suffixes.forget_all_but(requests)
         wanted: dict[str, Wanted] = getattr(scheduler_output, DRAFTS, {})
-        lines = []
+        growing, copied = list[Line](), list[Line]()
         for group in plan.joint if plan else ():
+            if group.tag.drafter == SUFFIX:
+                self._follow(group)
             asked, new = wanted.get(group.tag.group), len(sampled[group.rows[0]])
-            number = asked.after(new) if asked and new and group.tag.drafts else 0
+            number = asked.after(new) if asked and new and group.tag.drafter else 0
             if number:
                 last = torch.tensor([sampled[group.rows[0]][-1]], device=self._runner.device)
                 lengths = [int(batch.num_tokens_no_spec[row]) for row in group.rows]
+                lines = growing if group.tag.drafts else copied
                 lines.append(Line(group, lengths, last, number))
-        if not lines:
-            return {}
-        dice = Dice(self._runner.device, batch.sampling_metadata.generators)
-        drafter = Drafter(self._forward, self._shape, dice, self._copies)
         proposals: dict[int, list[int]] = {}
-        for line, draft in zip(lines, drafter.propose(lines), strict=True):
-            self._drafts[line.group.tag.group] = draft
-            tokens = draft.tokens.tolist()
-            proposals.update((row, list(tokens)) for row in line.group.rows)
+        if copied:
+            # The formula checks them with no more ado: vLLM does it.
+            copies = self._copies(copied, [line.wanted for line in copied])
+            for line, tokens in zip(copied, copies, strict=True):
+                proposals.update((row, tokens.tolist()) for row in line.group.rows)
+        if growing:
+            dice = Dice(self._runner.device, batch.sampling_metadata.generators)
+            drafter = Drafter(self._forward, self._shape, dice, self._copies)
+            for line, draft in zip(growing, drafter.propose(growing), strict=True):
+                self._drafts[line.group.tag.group] = draft
+                proposals.update((row, draft.tokens.tolist()) for row in line.group.rows)
         return proposals

@@ -9,8 +9,8 @@
 
 vLLM is configured with its n-gram proposer (`engine.speculation`), whose `propose` is where drafts are made;
 it proposes itself for formulas that are drafted by n-grams, and for everybody where an operator has asked for
-n-grams himself (`ngrams_v2`).  V2 without asynchronous scheduling has every
-request check as many drafts as there is room for; it is told which have any.
+n-grams himself (`ngrams_v2`); suffixes are the host's (`suffixes`).  V2 without asynchronous scheduling has
+every request check as many drafts as there is room for; it is told which have any.
 
 Noise: V2's sampler draws from a request's seed and the token's position, and so do rounds.  The seed is the
 same in all tensor-parallel ranks, and answers do not depend on who else is in the batch.
@@ -21,21 +21,26 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from vllm.v1.outputs import DraftTokenIds
 
+from vllm_marith.language.names import NGRAM, SUFFIX
+
 from ... import patches
 from ...group import DRAFTS, Wanted
+from ...settings import Settings
 from .dice import Dice
 from .drafting import Draft, Drafter, Line
 from .forward_v2 import ForwardV2
 from .ngrams_v2 import CopyV2, NgramRounds
 from .shape_v2 import ShapeV2
+from .suffixes import Suffixes, trees
 from .verification import NO_TOKEN, Check, settle
 
 if TYPE_CHECKING:
@@ -134,6 +139,8 @@ class RoundsV2(NgramRounds):
         # for how many drafts there has to be room may decide who is preempted.
         for request_id in scheduler_output.finished_req_ids:
             self._drafts.pop(request_id, None)
+        if "_suffixes" in self.__dict__:
+            self._suffixes.forget(scheduler_output.finished_req_ids)
         self._wanted, self._told = getattr(scheduler_output, DRAFTS, {}), None
         scheduler_output.num_spec_tokens_to_schedule = self._most
 
@@ -242,16 +249,23 @@ class RoundsV2(NgramRounds):
         What is beyond a request's own drafts, and in the rows of requests without any, is not scheduled.
         """
         states = self._sampler.req_states
-        wanted = [(g, self._wanted[g.tag.group]) for g in self._joint if g.tag.group in self._wanted]
-        lines, copying = [], []
-        lengths = lengths_of(batch)
-        growing = [(group, asked) for group, asked in wanted if group.tag.drafts]
-        if growing:
+        wanted = {g.tag.group: self._wanted[g.tag.group] for g in self._joint if g.tag.group in self._wanted}
+        growing, copied, lengths = list[Line](), list[Line](), lengths_of(batch)
+        counted = [
+            group
+            for group in self._joint
+            if group.tag.drafter == SUFFIX or (group.tag.drafts and group.tag.group in wanted)
+        ]
+        if counted:
             # Where the host waits for the device: positions of what is drafted are the host's to choose.
-            new = num_sampled[[group.rows[0] for group, _ in growing]].tolist()
-            for (group, asked), more in zip(growing, new, strict=True):
-                last = states.last_sampled_tokens[int(batch.idx_mapping_np[group.rows[0]])]
-                if number := asked.after(more):
+            new = num_sampled[[group.rows[0] for group in counted]].tolist()
+            for group, more in zip(counted, new, strict=True):
+                slot, asked = int(batch.idx_mapping_np[group.rows[0]]), wanted.get(group.tag.group)
+                if group.tag.drafter == SUFFIX:
+                    self._follow(group, slot, int(lengths[group.rows[0]]) + more)
+                if asked and (number := asked.after(more)):
+                    lines = growing if group.tag.drafts else copied
+                    last = states.last_sampled_tokens[slot]
                     lines.append(Line(group, [int(lengths[row]) + more for row in group.rows], last, number))
         drafts = num_sampled.new_zeros(batch.num_reqs, self._most, dtype=torch.int64)
         numbers = [0] * batch.num_reqs
@@ -261,27 +275,61 @@ class RoundsV2(NgramRounds):
             for row in group.rows:
                 numbers[row] = len(tokens)
 
-        if lines:
+        copies = self._copies(batch, copied, [line.wanted for line in copied])
+        for line, copy in zip(copied, copies, strict=True):
+            give(line.group, copy)
+        if growing:
             drafter = Drafter(
                 ForwardV2(self._runner, self._owners, batch),
                 ShapeV2(self._sampler, batch, 2 * self._most + 1),
-                self._dice(batch, {line.leader: line.lengths[0] for line in lines}, _DRAFTING),
-                CopyV2(self._runner, batch),
+                self._dice(batch, {line.leader: line.lengths[0] for line in growing}, _DRAFTING),
+                functools.partial(self._copies, batch),
             )
-            for line, draft in zip(lines, drafter.propose(lines), strict=True):
+            for line, draft in zip(growing, drafter.propose(growing), strict=True):
                 self._drafts[line.group.tag.group] = draft
                 give(line.group, draft.tokens)
-        copying = [(g, asked) for g, asked in wanted if g.tag.drafter == "ngram" and not g.tag.drafts]
+        copying = [g for g in self._joint if g.tag.drafter == NGRAM and not g.tag.drafts]
+        copying = [group for group in copying if group.tag.group in wanted]
         if copying:
             found = ngrams()
-            for group, asked in copying:
-                give(group, found[group.rows[0], : asked.number])
+            for group in copying:
+                give(group, found[group.rows[0], : wanted[group.tag.group].number])
         # vLLM's scheduler has to know the tokens for a grammar only.
         unknown = [[NO_TOKEN] * self._most] * batch.num_reqs
         tokens = drafts.tolist() if batch.has_structured_output_reqs else unknown
         told = [row[:number] for row, number in zip(tokens, numbers, strict=True)]
         self._told = DraftTokenIds(batch.req_ids, told)
         return drafts
+
+    @cached_property
+    def _suffixes(self) -> Suffixes:
+        return Suffixes(trees(Settings.of(self._runner.vllm_config).remembered_answers))
+
+    def _follow(self, group: JointGroup, slot: int, length: int) -> None:
+        """Takes in what the step has added to a text for which suffixes draft, now or later."""
+        table = self._sampler.req_states.all_token_ids.gpu
+
+        def read(start: int, stop: int) -> np.ndarray:
+            tokens: np.ndarray = table[slot, start:stop].cpu().numpy()
+            return tokens
+
+        self._suffixes.follow(group.ids[0], group.tag.prompt_length, length, read)
+
+    def _copies(self, batch: InputBatch, lines: Sequence[Line], numbers: Sequence[int]) -> list[torch.Tensor]:
+        """See `drafting.Copy`: by vLLM's own n-gram proposer, or by suffixes."""
+        found: dict[int, torch.Tensor] = {}
+        ngrams = []
+        for place, (line, number) in enumerate(zip(lines, numbers, strict=True)):
+            if line.group.tag.drafter == NGRAM:
+                ngrams.append(place)
+                continue
+            tokens = self._suffixes.propose(line.group.ids[0], line.ahead(len(line.tokens)).tolist(), number)
+            found[place] = torch.tensor(tokens, dtype=torch.int64, device=line.last.device)
+        if ngrams:
+            copy = CopyV2(self._runner, batch)
+            copies = copy([lines[place] for place in ngrams], [numbers[place] for place in ngrams])
+            found |= zip(ngrams, copies, strict=True)
+        return [found[place] for place in range(len(lines))]
 
     def take_drafts(self, found: DraftTokenIds | None) -> DraftTokenIds | None:
         """What was proposed in this step, for the scheduler."""
