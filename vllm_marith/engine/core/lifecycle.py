@@ -149,12 +149,10 @@ class GroupLifecycle(_Base):
         # Of the groups in this step; those that wait may be many more.
         for group in [group for name in row_of if (group := self.groups.get(name)) is not None]:
             try:
-                first, *others = group.pick(row_of)
-                token = sampled[first]
-                tied = all(sampled[row] == token for row in others)
-            except KeyError:  # a member is not there
-                tied = not any(sampled[row_of[i]] for i in group.ids if i in row_of)
-            if not tied:
+                tokens = list(map(sampled.__getitem__, group.pick(row_of)))
+            except KeyError:
+                tokens = [sampled[row_of[i]] if i in row_of else [] for i in group.ids]
+            if tokens.count(tokens[0]) != len(tokens):
                 self._fail(group.leader, Cause.TORN, "its members did not get the same token")
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
