@@ -3,7 +3,7 @@
     python scripts/bench.py [--model DIR] [--repeats N] [--only SECTION ...] [--output FILE] [--plot FILE.png]
     python scripts/bench.py --from FILE --plot FILE.png
 
-Six tables, then one JSON line:
+Tables by section, then one JSON line:
 
     concurrency   N formulas of three terms at a time, with their latencies, beside plain vLLM with as many
                   requests as the groups have members (the same rows: the least that a formula can cost) and
@@ -13,6 +13,7 @@ Six tables, then one JSON line:
     traffic       answers of 16 to 112 tokens; as soon as one ends the next is asked for, so that groups end
                   and others are let in all the time, beside the same rows
     step          microseconds that this package adds to an engine step, by part, and their share of it
+    larger        the same on a model of 134 million parameters, random weights
     peers         classifier-free guidance: transformers' own, and a loop over transformers (bench_peers.py)
 
 The kernels alone are measured by scripts/bench_kernels.py.
@@ -47,6 +48,10 @@ FORMULAS = 8
 NUMBERS_OF_TERMS = (1, 2, 3, 4, 8)
 VOCABULARIES = (2048, 32_000, 128_256)
 STEP_GROUPS = (1, 8, 32, 128)
+LARGER_GROUPS = (8, 32, 128)
+LARGER_TOKENS = 32
+LONGEST = 160
+"""Tokens of a prompt with its answer."""
 TRAFFIC_CONCURRENT = (8, 32)
 TRAFFIC_LENGTHS = (16, 112)
 TRAFFIC_TIMES = 4
@@ -138,12 +143,17 @@ class Bench:
     def vocabulary(self) -> list[dict[str, Any]]:
         found = []
         for size in VOCABULARIES:
-            with tempfile.TemporaryDirectory() as home:
-                llm = engine(work.with_vocabulary(self.model, size, Path(home)), TERMS * FORMULAS)
-            self.others.append(llm)
+            llm = self._another(TERMS * FORMULAS, vocab_size=size)
             beside = self._beside_rows(llm, FORMULAS, TERMS, self.make)
             found.append({"vocabulary": size, **beside})
         return found
+
+    def _another(self, rows: int, **shape: int) -> Any:
+        """An engine of a model of another shape."""
+        with tempfile.TemporaryDirectory() as home:
+            llm = engine(work.like(self.model, Path(home), **shape), rows)
+        self.others.append(llm)
+        return llm
 
     def traffic(self) -> list[dict[str, Any]]:
         found = []
@@ -173,11 +183,18 @@ class Bench:
         }
 
     def step(self) -> list[dict[str, Any]]:
+        return self._steps(self.llm, self.make, STEP_GROUPS)
+
+    def larger(self) -> list[dict[str, Any]]:
+        llm = self._another(TERMS * max(LARGER_GROUPS), **work.LARGER)
+        return self._steps(llm, work.Maker([LARGER_TOKENS]), LARGER_GROUPS)
+
+    def _steps(self, llm: Any, make: work.Maker, numbers: tuple[int, ...]) -> list[dict[str, Any]]:
         found = []
-        for groups in STEP_GROUPS:
-            formulas = self.make.formulas(groups, TERMS)
-            run(self.llm, formulas)  # warm
-            found.append({"groups": groups, **step_cost(self.llm, formulas)})
+        for groups in numbers:
+            formulas = make.formulas(groups, TERMS)
+            run(llm, formulas)  # warm
+            found.append({"groups": groups, **step_cost(llm, formulas)})
         return found
 
     def peers(self) -> dict[str, Any]:
@@ -190,18 +207,23 @@ SECTIONS: dict[str, Callable[[Bench], Any]] = {
     "vocabulary": Bench.vocabulary,
     "traffic": Bench.traffic,
     "step": Bench.step,
+    "larger": Bench.larger,
     "peers": Bench.peers,
 }
 
 
 def engine(model: Path, rows: int) -> Any:
+    from transformers import AutoConfig
+
     from vllm_marith.engine.offline import offline_llm
 
+    config = AutoConfig.from_pretrained(model)
+    of_a_token = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return offline_llm(
         str(model),
         max_num_seqs=rows,
-        max_model_len=256,
-        kv_cache_memory_bytes=rows * (3 << 20),
+        max_model_len=LONGEST,
+        kv_cache_memory_bytes=rows * LONGEST * of_a_token,
         enable_prefix_caching=False,
         disable_log_stats=False,  # which knows when each request's tokens came
     )

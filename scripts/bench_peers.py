@@ -40,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring.work import embedded_model
 
 CONCURRENT = (1, 4, 16, 64)
 PRODUCTS = (1, 4, 16)
@@ -94,12 +95,6 @@ def main() -> None:
         print(line)
     if arguments.plot:
         plot(result, arguments.plot)
-
-
-def embedded_model() -> Path:
-    from vllm_marith.models import ensure
-
-    return ensure(only=["big"]).big
 
 
 def measure(model: Path, tokens: int, repeats: int, genlm: Path | None = None) -> dict[str, Any]:

@@ -104,15 +104,26 @@ def embedded_model() -> Path:
     return ensure(only=["big"]).big
 
 
-def with_vocabulary(model: Path, size: int, home: Path) -> Path:
-    """A model of random weights, like `model` but for its vocabulary, whose first tokens it shares."""
+LARGER = dict(
+    vocab_size=32_000,
+    hidden_size=768,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    num_key_value_heads=12,
+)
+"""The shape of a model of 134 million parameters."""
+
+
+def like(model: Path, home: Path, **shape: int) -> Path:
+    """A model of random weights, like `model` but for its shape; it shares the first tokens."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     config = AutoConfig.from_pretrained(model)
-    config.vocab_size = size
+    config.update(shape)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(home)
     AutoTokenizer.from_pretrained(model).save_pretrained(home)
