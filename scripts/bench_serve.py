@@ -43,6 +43,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' server
 
+from measuring.work import embedded_model  # noqa: E402
+
 from tests.support import server  # noqa: E402
 
 PLAIN = "plain"
@@ -122,12 +124,6 @@ def main() -> None:
     if arguments.output:
         arguments.output.write_text(line + "\n")
     print(line)
-
-
-def embedded_model() -> Path:
-    from vllm_marith.models import ensure
-
-    return ensure(only=["big"]).big
 
 
 class Client:
