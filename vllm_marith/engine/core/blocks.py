@@ -98,6 +98,11 @@ class BlockAccount:
         # fill.
         if len(running) * a_row + sum(cdiv(prefill, size) for size in sizes) <= free:
             return True
+        if most == 1 and not scheduler._inflight_prefills:
+            # Only a row whose blocks are full takes one.
+            computed_tokens = [request.num_computed_tokens for request in running]
+            if sum([n % size for n in computed_tokens].count(0) for size in sizes) <= free:
+                return True
         for request in running:
             computed = request.num_computed_tokens
             if decodes(request):
