@@ -13,7 +13,8 @@ Tables by section, then one JSON line:
     traffic       answers of 16 to 112 tokens; as soon as one ends the next is asked for, so that groups end
                   and others are let in all the time, beside the same rows
     step          microseconds that this package adds to an engine step, by part, and their share of it
-    larger        the same on a model of 134 million parameters, random weights
+    larger        formulas beside the same rows on a model of 134 million parameters, random weights
+    larger_step   what is added to its steps
     peers         classifier-free guidance: transformers' own, and a loop over transformers (bench_peers.py)
 
 The kernels alone are measured by scripts/bench_kernels.py.
@@ -48,6 +49,7 @@ FORMULAS = 8
 NUMBERS_OF_TERMS = (1, 2, 3, 4, 8)
 VOCABULARIES = (2048, 32_000, 128_256)
 STEP_GROUPS = (1, 8, 32, 128)
+LARGER_CONCURRENT = (8, 32)
 LARGER_GROUPS = (8, 32, 128)
 LARGER_TOKENS = 32
 LONGEST = 160
@@ -185,9 +187,19 @@ class Bench:
     def step(self) -> list[dict[str, Any]]:
         return self._steps(self.llm, self.make, STEP_GROUPS)
 
+    @functools.cached_property
+    def larger_llm(self) -> Any:
+        return self._another(TERMS * max(LARGER_GROUPS), **work.LARGER)
+
     def larger(self) -> list[dict[str, Any]]:
-        llm = self._another(TERMS * max(LARGER_GROUPS), **work.LARGER)
-        return self._steps(llm, work.Maker([LARGER_TOKENS]), LARGER_GROUPS)
+        make = work.Maker([LARGER_TOKENS])
+        return [
+            {"concurrent": number, **self._beside_rows(self.larger_llm, number, TERMS, make)}
+            for number in LARGER_CONCURRENT
+        ]
+
+    def larger_step(self) -> list[dict[str, Any]]:
+        return self._steps(self.larger_llm, work.Maker([LARGER_TOKENS]), LARGER_GROUPS)
 
     def _steps(self, llm: Any, make: work.Maker, numbers: tuple[int, ...]) -> list[dict[str, Any]]:
         found = []
@@ -208,6 +220,7 @@ SECTIONS: dict[str, Callable[[Bench], Any]] = {
     "traffic": Bench.traffic,
     "step": Bench.step,
     "larger": Bench.larger,
+    "larger_step": Bench.larger_step,
     "peers": Bench.peers,
 }
 
