@@ -7,7 +7,6 @@ task of their own, and threads take parts of a group's vocabulary.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from collections.abc import Sequence
@@ -167,12 +166,15 @@ class Replacement:
         peaks = torch.empty(n_groups, n_parts)
         if self.batch.n_lse_rows and not whole:
             fill_lse(logits, self.batch, vocab_size, self.lse.numpy())
-        args = (ctypes.c_int64 * _ARGUMENTS)(
-            0, 1, logits.data_ptr(), logits.stride(0), logits.element_size(), vocab_size, n_groups,
-            *self.places, into.data_ptr(), into.stride(0), self.batch.depth, n_parts, part_size,
-            peaks.data_ptr(),
+        args = np.array(
+            [
+                0, 1, logits.data_ptr(), logits.stride(0), logits.element_size(), vocab_size, n_groups,
+                *self.places, into.data_ptr(), into.stride(0), self.batch.depth, n_parts, part_size,
+                peaks.data_ptr(),
+            ],
+            np.int64,
         )  # fmt: skip
-        openmp.run(_task(logits.dtype), ctypes.addressof(args), parallel=parallel)
+        openmp.run(_task(logits.dtype), args.ctypes.data, parallel=parallel)
         return (peaks.view(n_groups) if whole else peaks.amax(1)), bool(args[1])
 
 
