@@ -73,6 +73,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="file for the figure, PNG or SVG")
     parser.add_argument("--from", dest="source", type=Path, help="plot this result and measure nothing")
     arguments = parser.parse_args()
+    if arguments.plot and not arguments.source and not figure.RATIOS.keys() & set(arguments.only):
+        parser.error(f"--plot needs one of these sections: {', '.join(figure.RATIOS)}")
     if arguments.source:
         result = json.loads(arguments.source.read_text())
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 
 @pytest.fixture
-def measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+def measuring(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     yield
     for name in [name for name in sys.modules if name.split(".")[0] in ("bench", "bench_peers", "measuring")]:
@@ -51,7 +52,8 @@ def test_ratios_are_of_neighbours() -> None:
 
 
 @pytest.mark.usefixtures("measuring")
-def test_a_result_is_drawn_whatever_sections_it_has(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sections", [["vocabulary"], ["concurrency", "vocabulary"]], ids=len)
+def test_a_result_is_drawn_whatever_sections_it_has(tmp_path: Path, sections: list[str]) -> None:
     from measuring import figure
 
     over = {"median": 0.97, "low": 0.96, "high": 0.99}
@@ -60,12 +62,14 @@ def test_a_result_is_drawn_whatever_sections_it_has(tmp_path: Path) -> None:
         "concurrency": [{"concurrent": n, "tokens_per_s": speeds, "over_same_rows": over} for n in (1, 8)],
         "vocabulary": [{"vocabulary": n, "over_same_rows": over} for n in (2048, 32_000)],
     }
-    for sections in ([], ["vocabulary"], list(rows)):
-        path = tmp_path / f"{len(sections)}.png"
-        shown = {name: rows[name] for name in sections}
-        if shown:
-            figure.draw({"model": "m", "machine": "x", **shown}, path)
-            assert path.read_bytes().startswith(b"\x89PNG")
-        else:
-            with pytest.raises(ValueError, match="nothing to draw"):
-                figure.draw({"model": "m", "machine": "x"}, path)
+    path = tmp_path / "figure.png"
+    figure.draw({"model": "m", "machine": "x", **{name: rows[name] for name in sections}}, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.usefixtures("measuring")
+def test_a_result_without_ratios_is_not_drawn(tmp_path: Path) -> None:
+    from measuring import figure
+
+    with pytest.raises(ValueError, match="nothing to draw"):
+        figure.draw({"model": "m", "machine": "x", "step": []}, tmp_path / "figure.png")

