@@ -264,6 +264,27 @@ def test_a_hiccup_is_not_believed(random):
     assert cost(world, lived(world, pacing, 100, random)) <= 1.1 * world.best
 
 
+def test_the_first_draft_may_compile() -> None:
+    """What it takes once is not what drafts take; else nobody would try them again for long."""
+    random, world, pacing = np.random.default_rng(0), World(0.9), pacing_of_two()
+    bare, drafting = world.rows.step(0), world.rows.step(1)
+    for _ in range(20):
+        pacing.costs.observe(world.step(bare), bare)
+    pacing.costs.observe(300 * world.step(drafting), drafting)
+    assert cost(world, lived(world, pacing, 200, random)[100:]) <= 1.1 * world.best
+
+
+@pytest.mark.parametrize("stood", [0, 1])
+def test_one_draft_after_a_long_time_is_not_all_there_is_to_know(stood: int) -> None:
+    pacing, world = pacing_of_two(), World(0.0)
+    for _ in range(50):
+        pacing.observe_round("formula", 4, 4 * (1 - stood))
+    for _ in range(5000):
+        pacing.length("formula", world.rows, 0)
+    pacing.observe_round("formula", 1, stood)
+    assert pacing._formula("formula").acceptance == pytest.approx(0.5, abs=0.3)
+
+
 def test_requests_come_without_a_drafter_that_does_not_pay() -> None:
     """But for a few, so that better times are noticed; and again with it when it pays."""
     random, pacing = np.random.default_rng(0), pacing_of_two()

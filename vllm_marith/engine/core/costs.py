@@ -24,6 +24,7 @@ _FIRST: Final = 3  # of each kind of step before costs are believed
 _FIT_EVERY: Final = 8  # steps
 _HELD: Final = 0.5  # how many steps that need a coefficient its last value counts for
 _HICCUP: Final = 4.0  # times the time expected, and no more, a step counts
+_DEAREST: Final = 2.0  # plain steps that drafts, and each pass for them, are thought to take at first
 _DRIFT: Final = 0.1
 _CHANGED: Final = 1.5  # steps so many times slower or faster than expected: costs are learnt anew ...
 _KEPT: Final = 0.05  # ... from so much of what was known
@@ -89,6 +90,9 @@ class StepCosts:
                 self._products *= _KEPT
                 self._sums *= _KEPT
                 self._drift = 0.0
+        elif work.drafts and self._plain >= _FIRST:
+            # The first that drafts may be the one that compiles.
+            seconds = min(seconds, _DEAREST * (1 + work.passes.sum()) * self.of(work))
         square = step * step
         usual = self._usual + (step > 0) * (1 - _MEMORY) * (square - self._usual)
         self._usual = np.where(self._usual > 0, usual, square)

@@ -41,7 +41,7 @@ _OTHERWISE_LATEST: Final = 1024  # ... and at the most
 _FORMULAS: Final = 1024
 # What a formula is thought to keep before anything is known of it, and how many tests that is worth.
 _PRIOR, _PRIOR_TESTS = 0.7, 4.0
-_MOST_TESTS: Final = 64.0  # that are remembered
+_LEAST_TESTS, _MOST_TESTS = 2.0, 64.0  # that are remembered
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +102,18 @@ class _Formula:
     def acceptance(self) -> float:
         return self.kept / self.tested
 
+    def next_length(self, longest: int) -> int:
+        """What was decided, or the other once in a while."""
+        length = min(self.length, longest)
+        self.same += 1
+        if self.same < (_EXPLORE_EVERY if length else self.patience):
+            return length
+        self.same = 0
+        if length:
+            return 0
+        self.trials += 1
+        return min(_TRIED[self.trials % len(_TRIED)], longest)
+
 
 class Pacing:
     """The lengths of adaptive drafts.
@@ -127,6 +139,8 @@ class Pacing:
         tested = min(accepted + 1, drafted)
         # A good time has many tests a round and a bad one has one: it must not take as many to notice it.
         fade = min(fade, max(0.0, 1 - tested / _MOST_TESTS))
+        # Nor is one draft that stood, long after the last one, all there is to know.
+        fade = max(fade, min(1.0, _LEAST_TESTS / formula.tested))
         formula.kept = fade * formula.kept + accepted
         formula.tested = fade * formula.tested + tested
         formula.observed = formula.rounds
@@ -142,15 +156,7 @@ class Pacing:
         if formula.rounds % _DECIDE_EVERY == 0:
             self._decide(formula, rows, longest)
         formula.rounds += 1
-        length = min(formula.length, longest)
-        formula.same += 1
-        if formula.same >= (_EXPLORE_EVERY if length else formula.patience):
-            formula.same = 0
-            if length:
-                return 0
-            formula.trials += 1
-            return min(_TRIED[formula.trials % len(_TRIED)], longest)
-        return length
+        return formula.next_length(longest)
 
     def wants_drafters(self, key: str) -> bool:
         """Whether a formula's next request should come with the members that only draft."""

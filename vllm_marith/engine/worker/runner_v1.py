@@ -26,7 +26,7 @@ from .classifiers.rows import ClassifierRows
 from .constituents.models import Constituents
 from .rows import RowPlan, RowPlans, ban, failing_all
 from .scoring import RAW_LOGITS, PromptScorer, heads_of, scored_tag
-from .speculation.rounds_v1 import Rounds
+from .speculation.rounds_v1 import Rounds, compile_ngrams
 
 _PROCESSOR = "vllm_marith.engine.processor:FormulaLogitsProcessor"
 _RUNNER = "vllm.v1.worker.gpu_model_runner:GPUModelRunner"
@@ -69,7 +69,10 @@ def _with_processors(build_logitsprocs: Any) -> Any:
         others = [p for p in custom if p is not FormulaLogitsProcessor and p != _PROCESSOR]
         if vllm_config.speculative_config is None or len(others) == len(custom):
             return build_logitsprocs(vllm_config, device, pin, pooling, custom)
-        if Settings.of(vllm_config).speculates:
+        settings = Settings.of(vllm_config)
+        if settings.warmup:
+            compile_ngrams(vllm_config)
+        if settings.speculates:
             vllm_config = copy.copy(vllm_config)
             vllm_config.speculative_config = None
             return build_logitsprocs(vllm_config, device, pin, pooling, custom)

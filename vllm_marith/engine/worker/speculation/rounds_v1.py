@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.v1.outputs import SamplerOutput
+from vllm.v1.spec_decode.ngram_proposer import NgramProposer
 
 from vllm_marith.language.names import NGRAM, SUFFIX
 
@@ -36,6 +37,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..rows import JointGroup, RowPlan
+
+
+def compile_ngrams(config: Any) -> None:
+    """Compiles vLLM's n-gram proposer where it drafts.
+
+    vLLM means to, but asks for no request's n-grams; so it would compile under the first request that drafts,
+    for more than a second.
+    """
+    asked = config.speculative_config
+    if asked is not None and asked.method == NGRAM:
+        NgramProposer(config).propose(1, [[0]], np.full(1, 2, np.int32), np.zeros((1, 2), np.int32))
 
 
 class Rounds:
