@@ -21,6 +21,7 @@ _MODULES = {
     ("replace", "numba"): "numba_replace",
     ("decoding", "reference"): "reference_decoding",
     ("decoding", "torch"): "torch_decoding",
+    ("decoding", "numba"): "numba_decoding",
     ("decoding", "triton"): "triton_decoding",
 }
 FUSE_BACKENDS = ("auto", *(name for operation, name in _MODULES if operation == "fuse"))

@@ -130,6 +130,7 @@ def warmup(
     if name == "numba":
         module.warmup(dtypes)
         module_of("replace", name).warmup(dtypes)
+        module_of("decoding", name).warmup([torch.float32])
     elif name == "triton":
         module.warmup(dtypes, device, vocab_size, stride or vocab_size)
         module_of("decoding", name).warmup(device, vocab_size, stride or vocab_size)

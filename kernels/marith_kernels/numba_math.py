@@ -128,6 +128,15 @@ def log1p(x):
 
 
 @inline
+def log(x):
+    """ln x for normal x > 0 to 1e-7 relative or absolute, whichever is less strict."""
+    bits = np.float32(x).view(np.int32)
+    exponent = (bits >> np.int32(23)) - np.int32(127)
+    mantissa = np.int32((bits & np.int32(0x7FFFFF)) | np.int32(0x3F800000)).view(np.float32)
+    return np.float32(exponent) * np.float32(0.69314718055994530942) + log1p(mantissa - ONE)
+
+
+@inline
 def max_and_sum(x):
     """(max x, sum exp(x - max x)); (-inf, 0) where everything is -inf. One read but for the first block."""
     return _max_and_sum_from(x, _max_of(x[:BLOCK]))

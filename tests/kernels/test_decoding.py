@@ -10,7 +10,7 @@ from marith_kernels import Verified, residual, sample, verify
 
 from .decoding_laws import Requests, check_residual, check_sample, check_verify, output_distribution
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("numba", "torch", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,13 +29,14 @@ def test_sample_inverts_the_distribution(backend, dtype, vocab_size):
     check_sample(logits, edge, None, backend, vocab_size)
 
 
-def test_sampled_frequencies():
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_sampled_frequencies(backend):
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(5000, generator=generator) * 4
     n = 20_000
     tokens = torch.cat(
         [
-            sample(logits.expand(1000, -1), torch.rand(1000, 2, generator=generator), backend="torch").token
+            sample(logits.expand(1000, -1), torch.rand(1000, 2, generator=generator), backend=backend).token
             for _ in range(n // 1000)
         ]
     )
@@ -106,8 +107,10 @@ def test_refused_calls():
     logits = torch.zeros(2, 8)
     with pytest.raises(ValueError, match=r"uniform has shape \[2, 2\], not \[2\]"):
         sample(logits, torch.zeros(2))
-    with pytest.raises(ValueError, match="Unknown backend 'numba'; known are auto, reference, torch, triton"):
-        sample(logits, torch.zeros(2, 2), backend="numba")
+    with pytest.raises(
+        ValueError, match="Unknown backend 'cuda'; known are auto, reference, torch, numba, triton"
+    ):
+        sample(logits, torch.zeros(2, 2), backend="cuda")
     with pytest.raises(ValueError, match=r"temperature has shape \[2\], not \[1\]"):
         sample(logits, torch.zeros(2, 2), temperature=torch.ones(1))
     start = torch.tensor([0, 2], dtype=torch.int32)

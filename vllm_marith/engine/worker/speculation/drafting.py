@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import marith_kernels
 import torch
@@ -122,6 +122,7 @@ class Drafter:
         self._shape = shape
         self._dice = dice
         self._copy = copy
+        self._batches: dict[Any, tuple[Any, marith_kernels.StagedBatch]] = {}
 
     def propose(self, lines: Sequence[Line]) -> list[Draft]:
         """The drafts of lines that have none yet, and want one at least."""
@@ -235,12 +236,22 @@ class Drafter:
                 leaders.append(line.leader)
                 ahead.append(line.ahead(first + offset))
         logits = self._forward(rows, firsts, counts, torch.cat(inputs))
-        batch = marith_kernels.StagedBatch.build(pipelines, batch_rows, logits.device)
-        shaped = self._shape(batch.run(logits).logits, leaders, ahead)
+        shaped = self._shape(self._batch(pipelines, batch_rows, logits).run(logits).logits, leaders, ahead)
         # A model that answers with NaN proposes anything; what becomes of its group, the formula's own rows
         # decide.
         sound = shaped.amax(-1, keepdim=True).isfinite()
         return torch.where(sound, shaped, 0.0)
+
+    def _batch(
+        self, pipelines: Sequence[Any], rows: Sequence[Sequence[int]], logits: torch.Tensor
+    ) -> marith_kernels.StagedBatch:
+        """One token after the other is drafted by the same formulas on the same rows: told once a round."""
+        key = tuple(map(id, pipelines)), tuple(map(tuple, rows))
+        if key not in self._batches:
+            # The pipelines live as long as what they are known by.
+            batch = marith_kernels.StagedBatch.build(pipelines, rows, logits.device)
+            self._batches[key] = pipelines, batch
+        return self._batches[key][1]
 
 
 def lengths_of(group: JointGroup) -> list[int]:
