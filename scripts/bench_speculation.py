@@ -21,7 +21,10 @@ step costs beside the model counts as much.  So there is a last row for what a *
 stand-in, the small model with layers behind its own that change nothing but take their time, and a sharper
 head.
 
-The ratios are taken repetition by repetition: machines drift, ratios do not.  The last line is one JSON
+The ratios are taken repetition by repetition: machines drift, ratios do not.  Those of `auto` are also told
+of all repetitions together, with what it costs to try and to err; many repetitions are a long run.  Where
+nothing else runs, OMP_WAIT_POLICY=ACTIVE lets threads wait as they do under `vllm serve`: steps of small
+models are then about twice as fast.  The last line is one JSON
 object; with `--output`, it also holds token ids and log-probabilities by which `bench_reference.py` knows
 that it has the same prompts and models.
 """
@@ -30,6 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -129,7 +133,10 @@ def main() -> None:
             llm.llm_engine.engine_core.shutdown()
 
     rows = []
-    print(f"{'formula':38} {'calls of M / token':>22} {'ms / token':>20} {'faster':>7} {'kept':>5}   paper")
+    head = (
+        f"{'formula':38} {'calls of M / token':>22} {'ms / token':>20} {'faster':>7} {'auto, in total':>14}"
+    )
+    print(f"{head} {'kept':>5}   paper")
     cases: dict[str, Callable[[], Drafts]] = {}
     for name, case in asked.formulas.items():
         cases[name] = partial(measured, llm, case.formula, case.factors)
@@ -153,6 +160,7 @@ def main() -> None:
             "kept": found.kept("fixed"),
             "speedup": statistics.median(speedups),
             "speedup_auto": statistics.median(found.speedups("auto")),
+            "speedup_auto_in_total": found.speedup_in_total("auto"),
             "speedup_range": [min(speedups), max(speedups)],
             "paper": PAPER.get(name.removesuffix(SUFFIXES)),
         }
@@ -165,13 +173,15 @@ def main() -> None:
         print(
             f"{name:38} {calls[0]:6.3f} -> {calls[1]:5.3f} ({calls[2]:5.3f}) "
             f"{times[0]:6.1f} -> {times[1]:5.1f} ({times[2]:5.1f}) "
-            f"{row['speedup']:5.2f}x {row['kept']:5.2f}   {paper}",
+            f"{row['speedup']:6.2f}x {row['speedup_auto']:6.2f}, {row['speedup_auto_in_total']:5.2f}x "
+            f"{row['kept']:5.2f}   {paper}",
             flush=True,
         )
     print("In brackets: drafted automatically.")
     result = {
         "benchmark": "speculation",
         "machine": platform.processor() or platform.machine(),
+        "threads_wait": os.environ.get("OMP_WAIT_POLICY"),
         "tokens": arguments.tokens,
         "requests": arguments.requests,
         "repeats": arguments.repeats,
