@@ -2,6 +2,7 @@
 # demo   the same request plain, prompted and under formulas, side by side
 # test   everything that CI runs
 # test-ray  formulas over several engines and nodes, with the tests that are too long for `test`
+# test-random  hypothesis's tests on other examples than `test` has, others every time
 # lint   ruff and mypy
 # bench  cost and throughput of formulas, and of the kernels alone, measured here
 # eval   what formulas do to texts, measured here, with a report; EVAL_ARGS=--quick for a sixth of the texts
@@ -11,7 +12,7 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: setup demo test test-ray lint bench eval fuzz soak check-vllm
+.PHONY: setup demo test test-ray test-random lint bench eval fuzz soak check-vllm
 
 setup:
 	@scripts/setup
@@ -26,6 +27,9 @@ test: setup
 
 test-ray: setup
 	@$(PYTHON) -m pytest --several tests/distributed $(PYTEST_ARGS)
+
+test-random: setup
+	@$(PYTHON) -m pytest -n $(TEST_PROCESSES) --dist loadfile --hypothesis-profile random $(PYTEST_ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

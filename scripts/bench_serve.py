@@ -28,6 +28,7 @@ import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,6 +104,7 @@ def main() -> None:
         *("--served-model-name", PLAIN, "--max-num-seqs", "128"),
         *("--kv-cache-memory-bytes", str(1 << 30)),
     ]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server ends with us
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = {"presets": str(arguments.presets)}

@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.support import engines
 
 engines.prepare_environment()
 torch.set_num_threads(1)  # models this small lose more by sharing work than they win
+
+# What passed once passes again, until a test or hypothesis changes.  `make test-random` looks elsewhere.
+# No deadline for one example: on a busy machine it measures the other processes.
+settings.register_profile("repeated", derandomize=True, deadline=None)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile("repeated")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
