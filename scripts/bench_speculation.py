@@ -23,10 +23,11 @@ head.
 
 The ratios are taken repetition by repetition: machines drift, ratios do not.  Those of `auto` are also told
 of all repetitions together, with what it costs to try and to err; many repetitions are a long run.  Where
-nothing else runs, OMP_WAIT_POLICY=ACTIVE lets threads wait as they do under `vllm serve`: steps of small
-models are then about twice as fast.  The last line is one JSON
-object; with `--output`, it also holds token ids and log-probabilities by which `bench_reference.py` knows
-that it has the same prompts and models.
+nothing else runs, OMP_WAIT_POLICY=ACTIVE has idle threads spin, as they do where nobody says how to wait:
+steps of small models are then about twice as fast.
+
+The last line is one JSON object; with `--output`, it also holds token ids and log-probabilities by which
+`bench_reference.py` knows that it has the same prompts and models.
 """
 
 from __future__ import annotations
@@ -133,10 +134,10 @@ def main() -> None:
             llm.llm_engine.engine_core.shutdown()
 
     rows = []
-    head = (
+    print(
         f"{'formula':38} {'calls of M / token':>22} {'ms / token':>20} {'faster':>7} {'auto, in total':>14}"
+        f" {'kept':>5}   paper"
     )
-    print(f"{head} {'kept':>5}   paper")
     cases: dict[str, Callable[[], Drafts]] = {}
     for name, case in asked.formulas.items():
         cases[name] = partial(measured, llm, case.formula, case.factors)

@@ -171,8 +171,9 @@ def test_a_killed_worker_ends_every_answer_and_the_server(faulty: Faulty) -> Non
     started: set[str | None] = set()
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(ask, formula) for formula in (None, "base - 0.5*child", "base - 0.4*child")]
-        while len(started) < 3:
+        while len(started) < 3 and not any(answer.done() for answer in answers):
             time.sleep(0.01)
+        assert len(started) == 3, [answer.result() for answer in answers if answer.done()]
         worker.kill()
         ends = [answer.result(WAIT_SECONDS) for answer in answers]
     assert "cut short" not in ends
