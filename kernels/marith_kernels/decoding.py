@@ -86,14 +86,13 @@ def verify(
             if not uniform[...] * q[x] < p[x]: break
         accepted[n] = t          T = 0: accept while x is the first largest token of the target's row
 
-    target: [P, >= vocab_size], draft: [P - N, >= vocab_size], float32, bfloat16 or float16, -inf where a
+    target: [P, >= vocab_size], draft: [P - N, >= vocab_size], both float32, bfloat16 or float16, -inf where a
     filter or a mask forbids the token. tokens: int64 [P - N]. start: int32 [N + 1] on the device. uniform:
     float32 [P - N].
     max_drafted: no request has drafted more (a number the host knows, so that nothing has to wait for the
     device).
     """
-    vocab_size = check_logits(target, vocab_size)
-    check_logits(draft, vocab_size)
+    vocab_size = _check_pair(target, draft, vocab_size)
     n_requests, n_drafted = start.numel() - 1, draft.shape[0]
     if target.shape[0] != n_drafted + n_requests:
         rows = n_drafted + n_requests
@@ -133,11 +132,18 @@ def residual(
 
     Where rounding leaves nothing of max(0, p - q), p and q are the same but for rounding, and log p is used.
     """
-    vocab_size = check_logits(target, vocab_size)
-    check_logits(draft, vocab_size)
+    vocab_size = _check_pair(target, draft, vocab_size)
     _check_temperature(temperature, start.numel() - 1)
     name = resolve(backend, target.device, DECODING_BACKENDS)
     return module_of("decoding", name).residual(target, draft, start, verified, temperature, vocab_size)
+
+
+def _check_pair(target: torch.Tensor, draft: torch.Tensor, vocab_size: int | None) -> int:
+    vocab_size = check_logits(target, vocab_size)
+    check_logits(draft, vocab_size)
+    if draft.dtype != target.dtype:
+        raise ValueError(f"target and draft are of one dtype, not {target.dtype} and {draft.dtype}.")
+    return vocab_size
 
 
 def _check_shape(what: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

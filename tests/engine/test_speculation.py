@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from numba import njit
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.spec_decode import ngram_proposer
 
 from tests.support import constituents as several
 from tests.support import engines, exactness, reference, workload
@@ -129,14 +131,19 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", OWN)
-def test_an_operators_own_drafts_are_for_all(method: str, models: tuple[str, dict[str, str]]) -> None:
+def test_an_operators_own_drafts_are_for_all(
+    method: str, models: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM's own speculation, for plain requests and for formulas as for their leaders."""
+    compiled = njit(parallel=True)(ngram_proposer.batch_propose_numba.py_func)
+    monkeypatch.setattr(ngram_proposer, "batch_propose_numba", compiled)
     if method == "suffix":
         pytest.importorskip("arctic_inference", reason="suffixes need arctic-inference, see docs/serving.md")
     base, _ = models
     mine = [job for job in jobs() if not job.models]
     asked = dict(temperature=0, max_tokens=LENGTH, ignore_eos=True, logprobs=0)
     with engines.engine(base, speculative_config={"method": method, **OWN[method]}) as llm:
+        assert len(compiled.signatures) == (method == "ngram")  # before anybody asks
         answers = exactness.generate(llm, mine, asked)
         drafted, _ = drafts(llm)
         engines.assert_all_returned(llm)
@@ -146,6 +153,7 @@ def test_an_operators_own_drafts_are_for_all(method: str, models: tuple[str, dic
             assert len(remembered) == len(mine)
     exactness.assert_greedy(mine, answers, exactness.references(base, mine, LENGTH))
     assert drafted
+    assert len(compiled.signatures) == (method == "ngram")
 
 
 # ------------------------------------------------------------------------------ one engine for the rest

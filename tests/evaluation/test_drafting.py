@@ -82,6 +82,7 @@ def test_what_is_made_of_turns() -> None:
     assert drafts.kept("fixed") == 0.5
     assert drafts.kept("off") == 0.0
     assert drafts.speedups("fixed") == pytest.approx([2.0, 1.0, 2.0])
+    assert drafts.speedup_in_total("fixed") == pytest.approx((6 / 30) / (5.5 / 40))
     assert drafts.milliseconds("fixed") == pytest.approx(50.0)
     assert drafts.identical("off") == 2
     assert drafts.identical("fixed") == 1

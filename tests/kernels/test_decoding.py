@@ -116,3 +116,7 @@ def test_refused_calls():
     start = torch.tensor([0, 2], dtype=torch.int32)
     with pytest.raises(ValueError, match="1 requests with 2 drafted tokens have 3 target rows, not 2"):
         verify(logits, logits, torch.zeros(2), start, torch.zeros(2), max_drafted=2)
+    drafts = torch.zeros(1, 8, dtype=torch.float16)
+    for backend in BACKENDS:
+        with pytest.raises(ValueError, match=r"of one dtype, not torch\.float32 and torch\.float16"):
+            verify(logits, drafts, torch.zeros(1), start, torch.zeros(1), max_drafted=1, backend=backend)

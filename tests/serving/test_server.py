@@ -229,12 +229,13 @@ def test_formulas_and_plain_requests_side_by_side(client: openai.OpenAI) -> None
 
 
 def test_abort_in_mid_stream_leaves_nothing(client: openai.OpenAI, url: str) -> None:
-    """Closed while its members run. On a busy machine the engine may be done before this process looks: again."""
-    seen = []
+    """Closed while its members run; again where an engine was done before this process looked."""
+    extra = request() | {"ignore_eos": True}
+    seen: list[float] = []
     while 3 not in seen:
         assert len(seen) < 20, f"members that ran when the stream was closed: {seen}"
         stream = client.completions.create(
-            model="tiny", prompt=TEXT, max_tokens=400, stream=True, extra_body=request() | {"ignore_eos": True}
+            model="tiny", prompt=TEXT, max_tokens=400, stream=True, extra_body=extra
         )
         for _, _ in zip(range(5), stream, strict=False):
             pass
