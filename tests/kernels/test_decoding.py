@@ -120,3 +120,5 @@ def test_refused_calls():
     for backend in BACKENDS:
         with pytest.raises(ValueError, match=r"of one dtype, not torch\.float32 and torch\.float16"):
             verify(logits, drafts, torch.zeros(1), start, torch.zeros(1), max_drafted=1, backend=backend)
+        with pytest.raises(ValueError, match=r"of one dtype, not torch\.float32 and torch\.float16"):
+            residual(logits, drafts, start, Verified(*(torch.zeros(1),) * 4), backend=backend)

@@ -33,10 +33,10 @@ def request(formula: str = FORMULA, **other: Any) -> dict[str, Any]:
 
 
 def metric(url: str, name: str) -> float:
-    """A gauge of the server, summed over its engines."""
+    """A figure of the server, summed over its engines."""
     with urllib.request.urlopen(f"{url}/metrics") as page:
         text = page.read().decode()
-    found = re.findall(rf"^vllm:{name}{{.*}} (\S+)$", text, re.MULTILINE)
+    found = re.findall(rf"^vllm(?:_marith)?:{name}{{.*}} (\S+)$", text, re.MULTILINE)
     assert found, f"no metric {name}"
     return sum(map(float, found))
 
@@ -229,19 +229,20 @@ def test_formulas_and_plain_requests_side_by_side(client: openai.OpenAI) -> None
 
 
 def test_abort_in_mid_stream_leaves_nothing(client: openai.OpenAI, url: str) -> None:
-    """Closed while its members run; again where an engine was done before this process looked."""
-    extra = request() | {"ignore_eos": True}
-    seen: list[float] = []
-    while 3 not in seen:
-        assert len(seen) < 20, f"members that ran when the stream was closed: {seen}"
-        stream = client.completions.create(
-            model="tiny", prompt=TEXT, max_tokens=400, stream=True, extra_body=extra
-        )
+    """All members end with the stream; again where an engine was done before this process closed it."""
+    asked: dict[str, Any] = dict(model="tiny", prompt=TEXT, extra_body=request() | {"ignore_eos": True})
+
+    found: list[tuple[float, float]] = []
+    while not any(running == 3 and steps < 400 for running, steps in found):
+        assert len(found) < 20, f"(members that ran, steps in all) of each stream: {found}"
+        before = metric(url, "fused_rows_count")
+        stream = client.completions.create(**asked, max_tokens=400, stream=True)
         for _, _ in zip(range(5), stream, strict=False):
             pass
-        seen.append(metric(url, "num_requests_running"))
+        running = metric(url, "num_requests_running")
         stream.close()
         assert_idle(url)
+        found.append((running, metric(url, "fused_rows_count") - before))
 
 
 LONG = " ".join(["word"] * 600)
