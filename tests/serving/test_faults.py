@@ -153,12 +153,14 @@ def test_a_killed_worker_ends_every_answer_and_the_server(faulty: Faulty) -> Non
     (worker,) = [process for name, process in faulty.processes().items() if "Worker" in name]
 
     def ask(formula: str | None) -> str:
-        """Answers until one breaks: the worker may be killed between two of them, or within one."""
+        """Answers until one breaks: the worker may be killed between two of them, or within one.
+
+        Greedily: the poison might be drawn.
+        """
+        asked: dict[str, Any] = dict(prompt=TEXT, max_tokens=480, temperature=0, stream=True)
         try:
             while True:
-                answer = faulty.client().completions.create(
-                    model="tiny", prompt=TEXT, max_tokens=480, stream=True, extra_body=body(formula)
-                )
+                answer = faulty.client().completions.create(model="tiny", **asked, extra_body=body(formula))
                 reason = None
                 for chunk in answer:
                     started.add(formula)
